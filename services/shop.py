@@ -1,0 +1,92 @@
+"""The shop: server-side sessions, opened with a token, ended when Knell tells that the token's session has ended.
+
+uvicorn services.shop:web
+celery -A services.shop worker
+"""
+
+from __future__ import annotations
+
+import os
+
+import structlog
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from knell import Notice, Service, TokenRef
+from knell.integrations.asgi import KnellMiddleware
+from services.auth import open_verifier
+from services.sessions import end_missed, open_sessions
+
+# The prefix makes browsers refuse the cookie from anywhere but this host, over TLS.
+COOKIE = "__Host-shop"
+
+shop = Service("shop")
+sessions = open_sessions(os.environ.get("SHOP_SESSIONS_URL"), shop.settings, name="shop")
+log = structlog.get_logger("services.shop")
+
+
+# ---- the worker: what Knell tells
+
+
+@shop.on_session_end
+def end_sessions(notice: Notice) -> None:
+    """End the sessions that hung on what has ended."""
+    for token in sessions.end(notice):
+        log.info("session_ended", cause=notice.cause.value, notice=notice.id, jti=token.jti, sid=token.sid)
+
+
+@shop.on_missed
+def check_every_session(since: float) -> None:
+    """Notices since then were dropped, so nobody will tell: look each session up."""
+    ended = end_missed(sessions, shop.settings)
+    log.warning("sessions_checked", missed_since=since, ended=len(ended))
+
+
+app = shop.celery_app()
+
+
+# ---- the web: what clients ask
+
+
+def log_in(request: Request) -> Response:
+    """POST /session with a Bearer token: open a session, whose id comes back as a cookie."""
+    session_id = sessions.open(TokenRef.from_claims(request.scope["knell.claims"]))
+    if session_id is None:
+        return JSONResponse({"error": "this session has ended; log in again"}, status_code=401)
+    response = Response(status_code=204)
+    response.set_cookie(COOKIE, session_id, secure=True, httponly=True, samesite="lax")
+    return response
+
+
+def log_out(request: Request) -> Response:
+    """POST /logout: end the session of the cookie, here and nowhere else."""
+    sessions.remove(request.cookies.get(COOKIE, ""))
+    response = Response(status_code=204)
+    response.delete_cookie(COOKIE, secure=True, httponly=True, samesite="lax")
+    return response
+
+
+def me(request: Request) -> Response:
+    """GET /me: whose session it is."""
+    token = sessions.get(request.cookies.get(COOKIE, ""))
+    if token is None:
+        return JSONResponse({"error": "no session"}, status_code=401)
+    return JSONResponse({"iss": token.iss, "sub": token.sub, "sid": token.sid})
+
+
+def health(_: Request) -> Response:
+    """GET /health: the process answers."""
+    return Response(status_code=204)
+
+
+_pages = Starlette(
+    routes=[
+        Route("/session", log_in, methods=["POST"]),
+        Route("/logout", log_out, methods=["POST"]),
+        Route("/me", me),
+        Route("/health", health),
+    ]
+)
+web = KnellMiddleware(_pages, open_verifier("shop", shop.settings), exempt={"/logout", "/me", "/health"}, realm="shop")

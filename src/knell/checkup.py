@@ -1,0 +1,203 @@
+"""What `knell doctor` looks at: each check says what was found, and what to do about it."""
+
+from __future__ import annotations
+
+import stat
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from amqp.exceptions import NotFound
+from kombu import Connection
+
+from knell import topology
+from knell.connection import BROKER_ERRORS, connect, hosts
+from knell.errors import BrokerUnavailable, InvalidSettings, MessageRefused, StoreUnavailable
+from knell.keys import NOTICE_TYPE, NOTIFIER, SigningKey, TrustedKey, TrustList, notice_key, trust_list
+from knell.notices import Cause
+from knell.replay import all_parked
+from knell.settings import Settings
+from knell.store import ServiceInfo, Store, open_store
+from knell.topology import Finding
+
+# Sessions and tokens are compared across hosts by whole seconds and more; a clock further off than this is broken.
+MAX_OFFSET_SECONDS = 1.0
+# The sweep tells what is overdue; what it has left for so many of its intervals, nobody will tell.
+PATIENT_SWEEPS = 3
+# Parked entries are counted up to here: more is "a lot" whatever the number.
+COUNT_LIMIT = 1000
+OTHERS = stat.S_IRWXO
+
+
+def look(settings: Settings, *, clock: Callable[[], float] = time.time) -> Iterator[Finding]:
+    """Check everything, one finding after the other. Nothing is changed anywhere, and nothing is raised.
+
+    Args:
+        settings: of the deployment, as the `knell` command reads them.
+        clock: this host's clock, Unix seconds.
+    """
+    yield Finding(True, f"settings: namespace {settings.namespace}, broker {hosts(settings)}")
+    yield from look_at_keys(settings)
+    services: list[ServiceInfo] = []
+    try:
+        store = open_store(
+            settings.store_url, namespace=settings.namespace, rules=settings.rules, partitions=settings.partitions
+        )
+        try:
+            yield from look_at_store(settings, store, clock)
+            services = store.services()
+            yield from look_at_work(settings, store, services)
+        finally:
+            store.close()
+    except StoreUnavailable as error:
+        yield Finding(False, f"store: {error}", "see that it runs and that KNELL_STORE_URL is right")
+    yield from look_at_broker(settings, services)
+
+
+def look_at_keys(settings: Settings) -> Iterator[Finding]:
+    """The notice key, who can read it, and whether the trust list has it for what the notifier tells."""
+    if settings.embedded and settings.notice_key is not None and not settings.notice_key.exists():
+        yield Finding(True, f"keys: {settings.notice_key} is made when it is first needed")
+        return
+    try:
+        key = notice_key(settings)
+    except InvalidSettings as error:
+        yield Finding(False, f"notice key: {error}", "make one with `knell keys new`")
+        return
+    if key is None:
+        todo = "make one with `knell keys new`, and set KNELL_NOTICE_KEY where notices are signed"
+        yield Finding(False, "notice key: KNELL_NOTICE_KEY is not set", todo)
+    else:
+        assert settings.notice_key is not None
+        yield _private(settings.notice_key, key)
+    try:
+        trust = trust_list(settings)
+    except InvalidSettings as error:
+        yield Finding(False, f"trust list: {error}", "`knell keys new` and `knell keys trust` write one")
+        return
+    if key is not None:
+        yield _trusted(trust, key, settings)
+
+
+def look_at_store(settings: Settings, store: Store, clock: Callable[[], float]) -> Iterator[Finding]:
+    """Whether it answers, what it warns of, and how far this host's clock is from its own.
+
+    Raises:
+        StoreUnavailable: it does not answer.
+    """
+    yield Finding(True, f"store: {store.ping()}")
+    for warning in store.warnings():
+        yield Finding(False, f"store: {warning}", "see the store's documentation")
+    before = clock()
+    told = store.time()
+    offset = told - (before + clock()) / 2
+    what = f"clock: the store is {abs(offset):.3f} s {'ahead of' if offset > 0 else 'behind'} this host"
+    fine = abs(offset) <= MAX_OFFSET_SECONDS
+    yield Finding(fine, what, "" if fine else "run a time service (NTP) on both hosts")
+
+
+def look_at_work(settings: Settings, store: Store, services: list[ServiceInfo]) -> Iterator[Finding]:
+    """Who is registered, what they missed, what is parked, and whether a notifier is at work.
+
+    Raises:
+        StoreUnavailable: the store does not answer.
+    """
+    if services:
+        yield Finding(True, f"services: {', '.join(service.name for service in services)}")
+    else:
+        yield Finding(False, "services: none is registered, so nobody is told", "`knell services add NAME`")
+    for service in services:
+        if service.missed_since is not None:
+            ago = store.time() - service.missed_since
+            what = f"service {service.name}: notices since {ago:.0f} s ago were dropped before it came for them"
+            yield Finding(False, what, "start its worker: it is told, and its on_missed handler makes up for it")
+    parked = sum(1 for _ in islice(all_parked(store), COUNT_LIMIT))
+    count = f"{COUNT_LIMIT} or more" if parked == COUNT_LIMIT else str(parked)
+    yield Finding(not parked, f"parked: {count}", "`knell parked list`, then replay or drop them" if parked else "")
+    yield _overdue(settings, store)
+
+
+def look_at_broker(settings: Settings, services: list[ServiceInfo]) -> Iterator[Finding]:
+    """Whether it answers, whether the topology and its policies are there, and the queue of each service."""
+    found = topology.check(settings, [service.name for service in services])
+    yield from found
+    if not found[0].ok:
+        return
+    try:
+        with connect(settings) as connection:
+            for service in services:
+                yield from _queue(connection, service.name, counts_consumers=not settings.embedded)
+    except BrokerUnavailable as error:
+        yield Finding(False, f"broker: {error}", "see its log, and what this account may do")
+
+
+def distrust(settings: Settings, key: SigningKey, iss: str, cause: Cause) -> str | None:
+    """Why services would refuse what this key tells of `iss`, as far as the trust list here can say; None if not."""
+    if settings.trust is None:
+        return None
+    try:
+        trusted = _find(trust_list(settings), key, settings)
+    except InvalidSettings as error:
+        return f"whether services will act on it is unknown: {error}"
+    if trusted is not None and trusted.may_tell(iss, cause):
+        return None
+    return (
+        f"the trust list {settings.trust} does not let key {key.kid} tell that something of {iss!r} is {cause.value}: "
+        "verifiers refuse it, but services will not act on the notice"
+    )
+
+
+def _private(path: Path, key: SigningKey) -> Finding:
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & OTHERS:
+        return Finding(
+            False, f"notice key: everybody on this host can use {path} (mode {mode:04o})", f"chmod o= {path}"
+        )
+    return Finding(True, f"notice key: {path}, kid {key.kid}")
+
+
+def _trusted(trust: TrustList, key: SigningKey, settings: Settings) -> Finding:
+    trusted = _find(trust, key, settings)
+    needed = {Cause.EXPIRED, Cause.MISSED}
+    if trusted is None or not needed <= trusted.causes:
+        what = f"trust list: {settings.trust} does not let the notice key tell expired and missed"
+        return Finding(False, what, "right for an issuer's key; the notifier's needs `--cause expired --cause missed`")
+    return Finding(True, f"trust list: {settings.trust} has the notice key")
+
+
+def _find(trust: TrustList, key: SigningKey, settings: Settings) -> TrustedKey | None:
+    """The trust list's entry for a key, found as a service finds it: by checking a signature."""
+    payload = {"iss": NOTIFIER, "aud": settings.audience, "iat": 0}
+    try:
+        return trust.verify(key.sign(payload, typ=NOTICE_TYPE), typ=NOTICE_TYPE, audience=settings.audience)[1]
+    except MessageRefused:
+        return None
+
+
+def _overdue(settings: Settings, store: Store) -> Finding:
+    now = store.time()
+    patience = PATIENT_SWEEPS * settings.sweep_interval_seconds
+    late = store.due(before=now - patience, limit=1)
+    if not late:
+        return Finding(True, "expiries: none is overdue")
+    what = f"expiries: one is overdue by {now - late[0]:.0f} s"
+    return Finding(False, what, "start a notifier with beat: `celery -A tasks worker -B`")
+
+
+def _queue(connection: Connection, service: str, *, counts_consumers: bool) -> Iterator[Finding]:
+    name = topology.service_queue(service)
+    opened: Any = connection.channel()
+    try:
+        with opened as channel:
+            found = channel.queue_declare(name, passive=True)
+    except NotFound:
+        return  # the check of the topology has said so
+    except BROKER_ERRORS as error:
+        raise BrokerUnavailable(f"the state of {name} is unknown: {error or type(error).__name__}") from error
+    what = f"service {service}: {found.message_count} waiting in {name}"
+    if counts_consumers and not found.consumer_count:
+        yield Finding(False, f"{what}, and nobody reads them", "start its worker")
+    else:
+        yield Finding(True, what)

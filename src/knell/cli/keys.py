@@ -1,0 +1,92 @@
+"""`knell keys`: the keys that sign notices, and the trust list that says whose notices count."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from knell import keyfiles
+from knell.cli.output import output_of
+from knell.errors import InvalidInput
+from knell.keys import ANY_ISSUER
+from knell.notices import Cause
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Make signing keys, and say whose notices count.")
+
+TrustFile = Annotated[Path, typer.Option("--trust", help="The trust list, a JWK Set; made if it is missing.")]
+Issuers = Annotated[
+    list[str] | None,
+    typer.Option("--iss", help="A token issuer that the key may speak for. Can be repeated. Default any."),
+]
+Causes = Annotated[
+    list[Cause] | None,
+    typer.Option(
+        "--cause", help="What it may tell. Can be repeated. Default everything; with --iss revoked and undone."
+    ),
+]
+
+
+@app.command(short_help="Make a key and trust it.")
+def new(
+    context: typer.Context,
+    private: Annotated[Path, typer.Option("--private", help="Where the private key goes; never overwritten.")],
+    trust: TrustFile,
+    iss: Issuers = None,
+    cause: Causes = None,
+    if_missing: Annotated[
+        bool, typer.Option("--if-missing", help="Keep a private key that is there, and see that it is trusted.")
+    ] = False,
+) -> None:
+    """Make an EdDSA key (file mode 0600) and add its public half to a trust list.
+
+    KNELL_NOTICE_KEY then names the private key where notices are signed; KNELL_TRUST names the trust list everywhere.
+    The notifier's key needs the causes expired and missed for every issuer; one for `knell revoke` needs revoked.
+    """
+    # Without a word about it, a key that is held to some issuers is no notifier's.
+    told = cause or ([Cause.REVOKED, Cause.UNDONE] if iss else list(Cause))
+    key, made = keyfiles.new_key(private, trust, issuers=_issuers(iss), causes=told, if_missing=if_missing)
+    output_of(context).answer(
+        {"kid": key.kid, "private": str(private), "trust": str(trust), "made": made},
+        f"key {key.kid}",
+        f"KNELL_NOTICE_KEY={private}" + ("" if made else " (was there already)"),
+        f"KNELL_TRUST={trust}",
+    )
+
+
+@app.command(name="trust", short_help="Trust somebody else's public key.")
+def trust_(
+    context: typer.Context,
+    public: Annotated[Path, typer.Option("--public", help="The public key, in PEM or as a JWK.")],
+    trust: TrustFile,
+    iss: Issuers = None,
+    cause: Causes = None,
+    algorithm: Annotated[str | None, typer.Option(help="EdDSA, ES256 or RS256; a PEM does not say it.")] = None,
+    kid: Annotated[str | None, typer.Option(help="Its name. Default the JWK's, else its thumbprint.")] = None,
+) -> None:
+    """Trust somebody else's public key: an issuer that signs its revocations with its token-signing key.
+
+    Without --cause it may tell of revocations (revoked, undone). Without --iss it may speak for any issuer.
+    """
+    try:
+        text = public.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"{public} cannot be read: {error}") from None
+    told = cause or [Cause.REVOKED, Cause.UNDONE]
+    entry = keyfiles.public_entry(text, algorithm=algorithm, kid=kid, issuers=_issuers(iss), causes=told)
+    keyfiles.trust_key(trust, entry)
+    document: dict[str, Any] = {
+        "kid": entry["kid"],
+        "trust": str(trust),
+        "iss": entry["iss"],
+        "causes": entry["causes"],
+    }
+    output_of(context).answer(
+        document, f"key {entry['kid']} may tell {', '.join(entry['causes'])} for {', '.join(entry['iss'])}"
+    )
+
+
+def _issuers(given: Collection[str] | None) -> Collection[str]:
+    return given or [ANY_ISSUER]

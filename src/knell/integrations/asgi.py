@@ -1,0 +1,260 @@
+"""ASGI middleware: a bearer token on every request, and a WebSocket that closes the moment its token ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping
+from typing import Any
+
+from knell.errors import DenylistStale, TokenExpired, TokenRefused, TokenRevoked
+from knell.verifier import TokenEnd, Verifier
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+# In the range that RFC 6455, section 7.4.2, leaves to applications: "401" for a WebSocket.
+CLOSE_UNAUTHORIZED = 4401
+# RFC 6455's registry: try again later.
+CLOSE_TRY_AGAIN = 1013
+RETRY_AFTER_SECONDS = 5
+SUBPROTOCOL = "bearer"
+
+
+class KnellMiddleware:
+    """Lets through only requests with a token that the verifier accepts.
+
+    - HTTP: the token is the Bearer token of `Authorization` (RFC 6750, section 2.1). Without an accepted one the answer
+      is 401 with `WWW-Authenticate` (section 3), or 503 with `Retry-After` while the denylist is too old.
+    - WebSocket: the token is that of `Authorization`, or the item after "bearer" in `Sec-WebSocket-Protocol`, which a
+      browser can set: `new WebSocket(url, ["bearer", token])`. Refused before the handshake; and once open, closed with
+      code 4401 the moment the token or its session ends, when the application receives `websocket.disconnect`.
+    - The claims are `scope["knell.claims"]`, and `knell_claims` of the scope's state, where the server has one.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        verifier: Verifier,
+        *,
+        exempt: Collection[str] = (),
+        realm: str = "api",
+        websocket_token: Callable[[Scope], str | None] | None = None,
+    ) -> None:
+        """Wrap an application.
+
+        Args:
+            app: the application.
+            verifier: it is started with the server (ASGI lifespan), and stays yours to close.
+            exempt: paths, exactly as in `scope["path"]`, that need no token. They get no claims.
+            realm: names the protected space in `WWW-Authenticate`.
+            websocket_token: takes the token from a WebSocket's scope in another way; None if there is none.
+        """
+        if isinstance(exempt, str):
+            raise TypeError("exempt is a collection of paths, not one string")
+        self._app = app
+        self._verifier = verifier
+        self._exempt = frozenset(exempt)
+        self._realm = _quotable(realm)
+        self._websocket_token = websocket_token or bearer_of_websocket
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI application."""
+        kind = scope["type"]
+        if kind == "lifespan":
+            self._verifier.start()
+        if kind not in ("http", "websocket") or scope["path"] in self._exempt:
+            await self._app(scope, receive, send)
+        elif kind == "http":
+            await self._http(scope, receive, send)
+        else:
+            await self._websocket(scope, receive, send)
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            claims = self._claims(bearer(scope))
+        except (TokenRefused, _NoToken) as error:
+            status, headers, body = self._refusal(error)
+            await send({"type": "http.response.start", "status": status, "headers": headers})
+            await send({"type": "http.response.body", "body": body})
+            return
+        await self._app(_with_claims(scope, claims), receive, send)
+
+    async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            claims = self._claims(self._websocket_token(scope))
+        except (TokenRefused, _NoToken) as error:
+            await self._refuse_websocket(error, scope, receive, send)
+            return
+        inner = _with_claims(scope, claims)
+        offered = list(scope.get("subprotocols") or ())
+        if SUBPROTOCOL in offered:
+            # The application is to see, log and choose from what is left: the token is no subprotocol.
+            at = offered.index(SUBPROTOCOL)
+            inner["subprotocols"] = offered[:at] + offered[at + 2 :]
+        connection = _Connection(receive, send, answer=SUBPROTOCOL if SUBPROTOCOL in offered else None)
+        with self._verifier.watch(claims, connection.ends):
+            await connection.run(self._app, inner)
+
+    def _claims(self, token: str | None) -> dict[str, Any]:
+        if token is None:
+            raise _NoToken
+        return self._verifier.verify(token)
+
+    async def _refuse_websocket(self, error: Exception, scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()  # websocket.connect
+        if "websocket.http.response" in (scope.get("extensions") or {}):
+            status, headers, body = self._refusal(error)
+            await send({"type": "websocket.http.response.start", "status": status, "headers": headers})
+            await send({"type": "websocket.http.response.body", "body": body})
+            return
+        code = CLOSE_TRY_AGAIN if isinstance(error, DenylistStale) else CLOSE_UNAUTHORIZED
+        await send({"type": "websocket.close", "code": code, "reason": _short(error)})
+
+    def _refusal(self, error: Exception) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+        said = {} if isinstance(error, _NoToken) else {"error": "invalid_token", "error_description": _describe(error)}
+        status = 401
+        if isinstance(error, DenylistStale):
+            status, said["error"] = 503, "temporarily_unavailable"
+            extra = (b"retry-after", str(RETRY_AFTER_SECONDS).encode())
+        else:
+            parts = {"realm": self._realm} | said
+            value = "Bearer " + ", ".join(f'{name}="{text}"' for name, text in parts.items())
+            extra = (b"www-authenticate", value.encode("ascii"))
+        body = json.dumps(said or {"error": "unauthorized"}).encode()
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"cache-control", b"no-store"),
+            extra,
+        ]
+        return status, headers, body
+
+
+class _NoToken(Exception):
+    """The request has no token at all, so the answer names no error (RFC 6750, section 3.1)."""
+
+
+class _Ended(OSError):
+    """What `send` raises once the connection was closed here, as servers do when the client has gone."""
+
+
+class _Connection:
+    """One WebSocket between the server and the application, that can be closed from outside."""
+
+    def __init__(self, receive: Receive, send: Send, *, answer: str | None) -> None:
+        self._receive = receive
+        self._send = send
+        self._answer = answer
+        self._loop = asyncio.get_running_loop()
+        self._end: asyncio.Future[Message] = self._loop.create_future()
+        self._sending = asyncio.Lock()
+        self._over = False  # closed by the application or by the client
+        self._receiving: asyncio.Task[Message] | None = None
+        self._closing: asyncio.Task[None] | None = None
+
+    def ends(self, end: TokenEnd) -> None:
+        """The token has ended; called from the verifier's thread."""
+        with contextlib.suppress(RuntimeError):  # the event loop has ended, and the connection with it
+            self._loop.call_soon_threadsafe(self._begin_to_close, _short(end))
+
+    async def run(self, app: App, scope: Scope) -> None:
+        """Run the application on this connection."""
+        try:
+            await app(scope, self._receive_for_app, self._send_for_app)
+        except _Ended:
+            pass  # it did not catch what `send` raised; the connection is closed, as it should be
+        finally:
+            # From here on the server closes it, if it still is open; and an end must not begin to close it.
+            self._end.cancel()
+            if self._receiving is not None:
+                self._receiving.cancel()
+                await asyncio.gather(self._receiving, return_exceptions=True)
+            if self._closing is not None:
+                await self._closing
+
+    def _begin_to_close(self, reason: str) -> None:
+        if not self._end.done():
+            self._end.set_result({"type": "websocket.disconnect", "code": CLOSE_UNAUTHORIZED, "reason": reason})
+            self._closing = self._loop.create_task(self._close(reason))
+
+    async def _close(self, reason: str) -> None:
+        async with self._sending:
+            if not self._over:
+                with contextlib.suppress(OSError):  # the client has gone by itself
+                    await self._send({"type": "websocket.close", "code": CLOSE_UNAUTHORIZED, "reason": reason})
+
+    async def _send_for_app(self, message: Message) -> None:
+        async with self._sending:
+            if self._end.done() and not self._over:
+                raise _Ended("the WebSocket was closed because its token ended")
+            if message["type"] in ("websocket.close", "websocket.http.response.start"):
+                self._over = True
+            if message["type"] == "websocket.accept" and self._answer and not message.get("subprotocol"):
+                message = {**message, "subprotocol": self._answer}
+            await self._send(message)
+
+    async def _receive_for_app(self) -> Message:
+        if not self._end.done():
+            if self._receiving is None:
+                # It outlives a call that the application cancels, so that no message is lost with it.
+                self._receiving = self._loop.create_task(_awaited(self._receive))
+            await asyncio.wait([self._receiving, self._end], return_when=asyncio.FIRST_COMPLETED)
+        if self._end.done():
+            return dict(self._end.result())
+        assert self._receiving is not None
+        received, self._receiving = self._receiving.result(), None
+        if received["type"] == "websocket.disconnect":
+            self._over = True
+        return received
+
+
+def bearer(scope: Scope) -> str | None:
+    """The Bearer token of a request's only Authorization header (RFC 6750, section 2.1); None if there is none."""
+    found = [value for name, value in scope["headers"] if name.lower() == b"authorization"]
+    if len(found) != 1:
+        return None
+    scheme, _, token = found[0].decode("latin-1").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else None
+
+
+def bearer_of_websocket(scope: Scope) -> str | None:
+    """The token of Authorization, else the item after "bearer" in Sec-WebSocket-Protocol; None if there is none."""
+    found = bearer(scope)
+    if found is not None:
+        return found
+    offered = list(scope.get("subprotocols") or ())
+    at = offered.index(SUBPROTOCOL) + 1 if SUBPROTOCOL in offered else len(offered)
+    return offered[at] if at < len(offered) else None
+
+
+def _with_claims(scope: Scope, claims: Mapping[str, Any]) -> dict[str, Any]:
+    inner = {**scope, "knell.claims": claims}
+    if "state" in scope:
+        inner["state"] = {**scope["state"], "knell_claims": claims}
+    return inner
+
+
+async def _awaited(receive: Receive) -> Message:
+    return await receive()
+
+
+def _short(end: TokenEnd | Exception) -> str:
+    # A close frame has room for 123 bytes; the reason is for whoever looks at the client, and names nobody.
+    if isinstance(end, TokenEnd):
+        return f"token {end.cause}"
+    kinds = {TokenExpired: "token expired", TokenRevoked: "token revoked", DenylistStale: "try again later"}
+    return kinds.get(type(end), "token missing" if isinstance(end, _NoToken) else "token invalid")
+
+
+def _describe(error: Exception) -> str:
+    return "try again later" if isinstance(error, DenylistStale) else _quotable(str(error))
+
+
+def _quotable(text: str) -> str:
+    # What RFC 6750, section 3, allows in a quoted value; it also keeps a line end out of the header.
+    return "".join(c if " " <= c <= "~" and c not in '"\\' else ("'" if c == '"' else "?") for c in text)[:500]

@@ -1,0 +1,501 @@
+"""What Knell asks of a store. Implementations: `knell.stores.sql`, `knell.stores.redis`; open one with `open_store`.
+
+Every time is Unix seconds by the *store's* clock unless a docstring says otherwise: that clock decides what is due.
+Every method may raise StoreUnavailable, within the store's time-out, and has then changed nothing that it knows of;
+repeating the call is always safe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+from urllib.parse import urlsplit
+
+from knell.errors import InvalidSettings
+from knell.notices import Receipt
+from knell.revocations import Revocation
+from knell.settings import Rules
+from knell.tokens import TokenRef
+
+# A publisher that got "must arm" has this long to have the timer confirmed before another caller is told the same.
+ARM_LEASE_SECONDS = 2.0
+# What is due this soon is published with no delay, whatever is armed: a timer could come too late.
+IMMEDIATE_SECONDS = 1.0
+# The notice log waits this long for receipts before it sends again, then doubles, up to the second.
+FIRST_RESEND_SECONDS = 30.0
+LONGEST_RESEND_SECONDS = 3600.0
+# How long a receipt that says "retrying until t" keeps the sweep away, beyond t.
+RETRY_MARGIN_SECONDS = 60.0
+# How many changes the feed keeps for readers that fell behind; beyond it they take a snapshot.
+FEED_LENGTH = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """A place in the change feed. Positions count up by one, with no gaps, within an epoch."""
+
+    epoch: str
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One entry of the change feed."""
+
+    position: int
+    kind: Literal["revoked", "undone"]
+    revocation: Revocation
+
+
+@dataclass(frozen=True, slots=True)
+class Tracked:
+    """What `track` did with one token.
+
+    Attributes:
+        ref: the token.
+        must_arm: the seconds that have no timer yet; the caller publishes one for each, then calls `armed`.
+        denied: the revocation that refuses it; the token is then not tracked. None if it is alive.
+        session_ended: True if it was to continue a session that has ended; the token is then not tracked.
+        started: the start of its session as the store knows it: auth_time, else the first iat seen for (iss, sid).
+    """
+
+    ref: TokenRef
+    must_arm: tuple[int, ...] = ()
+    denied: Revocation | None = None
+    session_ended: bool = False
+    started: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Detached:
+    """What `detach` found of a token that is about to be revoked.
+
+    Attributes:
+        ref: the token, if it is tracked.
+        ends_session: True if it was the only live token of a session with neither session_exp nor grace.
+    """
+
+    ref: TokenRef | None
+    ends_session: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """One member of a claimed expiry second.
+
+    Attributes:
+        n: its number in the record.
+        ref: the token; for a session's own due entry a TokenRef whose jti is "" and whose exp is the session's end.
+        ends: "token", "session", or both.
+        started: the start of its session, where known.
+    """
+
+    n: int
+    ref: TokenRef
+    ends: frozenset[str]
+    started: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What one `claim` took out of an expiry second, now a record of the notice log.
+
+    Attributes:
+        batch_id: the record's id; "" if nothing was recorded (only session entries that moved).
+        entries: what has ended, in the order of their numbers.
+        rearm: seconds to which session entries were moved and that have no timer yet.
+        more: True if the second still has members.
+    """
+
+    batch_id: str
+    entries: tuple[Claimed, ...]
+    rearm: tuple[int, ...]
+    more: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """What one service still owes a receipt for.
+
+    Attributes:
+        todo: the entry numbers that are open; None means all of them.
+        hold_until: the service said that it is retrying; do not send before then. 0 if it did not.
+    """
+
+    todo: tuple[int, ...] | None
+    hold_until: float
+
+
+@dataclass(frozen=True, slots=True)
+class OpenNotice:
+    """A record of the notice log that some service has not closed.
+
+    Attributes:
+        batch_id: its id.
+        kind: "expiry", "revocation" or "missed".
+        created_at: when it was recorded.
+        jws: the signed notice, for a revocation; None otherwise: those are signed each time they are sent.
+        entries: the members, for an expiry; empty otherwise.
+        settled: for an expiry, False if nobody has yet said which entries were dead by revocation (see `settle`).
+        since: for kind "missed", since when notices were dropped.
+        attempts: how often it was handed out by `open_notices`.
+        waiting: the services that have not closed it.
+    """
+
+    batch_id: str
+    kind: Literal["expiry", "revocation", "missed"]
+    created_at: float
+    jws: str | None
+    entries: tuple[Claimed, ...]
+    settled: bool
+    since: float | None
+    attempts: int
+    waiting: Mapping[str, Waiting]
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What `revoke` did.
+
+    Attributes:
+        cursor: its place in the change feed.
+        created: False if the same revocation id was recorded before; nothing changed then.
+        services: the services that its notice waits for.
+    """
+
+    cursor: Cursor
+    created: bool
+    services: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceStatus:
+    """How far one service is with one revocation.
+
+    Attributes:
+        state: waiting, retrying, done or parked.
+        at: when it said so, by the store's clock; None while waiting.
+    """
+
+    state: Literal["waiting", "retrying", "done", "parked"]
+    at: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceInfo:
+    """A registered service. `missed_since`: an open "missed" record of it tells since when; None if there is none."""
+
+    name: str
+    added_at: float
+    missed_since: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """What `begin` says of one (service, batch).
+
+    Attributes:
+        granted: True if the caller holds the lease and may run.
+        done: bitmap of the entries whose done mark is stored (bit n is entry n).
+        parked: bitmap of the entries that were parked.
+    """
+
+    granted: bool
+    done: int
+    parked: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parked:
+    """Something that was given up on, kept to be looked at and replayed.
+
+    Attributes:
+        id: names it: "<service>/<batch id>.<n>", or a fresh id for a message that is no notice.
+        service: the service whose queue it came from; "" for a queue that is no service's.
+        queue: the queue's name.
+        notice_id: the notice's id; None for a message that is no notice.
+        jws: the signed notice that it was part of; None for a message that is no notice.
+        body: such a message's body, at most its first 64 KiB; None for a notice.
+        error: why, in one line.
+        attempts: how often it was tried.
+        at: when it was parked.
+    """
+
+    id: str
+    service: str
+    queue: str
+    error: str
+    at: float
+    attempts: int = 0
+    notice_id: str | None = None
+    jws: str | None = None
+    body: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """How much `prune` removed. `missed` maps each service that lost open notices to since when."""
+
+    revocations: int = 0
+    changes: int = 0
+    notices: int = 0
+    dedupe: int = 0
+    parked: int = 0
+    missed: Mapping[str, float] = field(default_factory=dict)
+
+    def __add__(self, other: Pruned) -> Pruned:
+        """What two calls removed together."""
+        return Pruned(
+            revocations=self.revocations + other.revocations,
+            changes=self.changes + other.changes,
+            notices=self.notices + other.notices,
+            dedupe=self.dedupe + other.dedupe,
+            parked=self.parked + other.parked,
+            missed={
+                name: min(since, self.missed.get(name, since))
+                for name, since in {**self.missed, **other.missed}.items()
+            },
+        )
+
+
+class Feed(Protocol):
+    """The part of a store that a verifier reads."""
+
+    def time(self) -> float:
+        """The store's clock."""
+
+    def head(self) -> Cursor:
+        """The last position of the feed (0 before the first change) in the present epoch.
+
+        The epoch changes when data may have been lost: the store was emptied, restored, or failed over.
+        """
+
+    def changes(self, cursor: Cursor, *, wait_seconds: float = 0.0, limit: int = 1000) -> list[Change]:
+        """Changes after `cursor`, in order, without gaps; at most `limit`. Fewer than that: nothing was newer.
+
+        Waits up to `wait_seconds` for one if there is none, and then returns an empty list: proof that the store was
+        reached and that nothing is newer.
+
+        Raises:
+            CursorLost: the epoch is another one, or the feed was trimmed past the cursor.
+        """
+
+    def snapshot(self, *, after: int = 0, limit: int = 1000) -> list[Change]:
+        """Revocations that were not pruned, in the order of their positions, those after `after`, at most `limit`.
+
+        Take `head` first, then page through, then read `changes` from that head: nothing is missed.
+        """
+
+    def close(self) -> None:
+        """Give back connections. The store can not be used afterwards."""
+
+
+class Dedupe(Protocol):
+    """What a service needs: a lease and a record for each (service, batch) that it works on."""
+
+    def begin(self, service: str, batch_id: str, *, holder: str, lease_seconds: float) -> Begun:
+        """Ask to run a batch. Granted unless another holder's lease is live; the lease is then this holder's."""
+
+    def mark(
+        self,
+        service: str,
+        batch_id: str,
+        *,
+        holder: str,
+        done: int,
+        parked: int = 0,
+        unparked: int = 0,
+        lease_seconds: float,
+    ) -> bool:
+        """Add done and parked marks (bitmaps, OR-ed to what is stored; `unparked` bits are taken out of parked) and
+        renew the lease; a lease of 0 s gives it back.
+
+        The marks are stored even if the lease was lost; returns False in that case. Records live for the retention
+        plus a day.
+        """  # fmt: skip
+
+    def close(self) -> None:
+        """Give back connections."""
+
+
+class Store(Feed, Dedupe, Protocol):
+    """The whole store: issuers, the notifier and the command line use it."""
+
+    rules: Rules
+
+    # ---- tokens and sessions
+
+    def track(self, refs: Sequence[TokenRef], *, continuing: bool = False, reopen: bool = False) -> list[Tracked]:
+        """Record tokens, each under its expiry second and its session. One round trip for all of them.
+
+        - A jti that is tracked already is moved to its new second.
+        - The first token of a (iss, sid) opens a life of the session; its start is auth_time, else iat.
+        - A session with session_exp, or under a grace above 0, gets a due entry of its own at ceil(session_exp), or
+          ceil(exp + grace); a later token does not move it (a claim does).
+        - `continuing`: the token carries a session on. If (iss, sid) has no open life the answer says session_ended
+          and nothing is recorded, unless `reopen`.
+        - After the write, the denylist is looked at (with the session's start): a token that is refused is untracked,
+          as if it had never been there, and the answer says which revocation it was.
+        - A second is in must_arm unless its timer is confirmed, or was handed to a publisher less than
+          ARM_LEASE_SECONDS ago; one that is due within IMMEDIATE_SECONDS always is. Each second is in must_arm of at
+          most one answer of a call.
+        """
+
+    def armed(self, seconds: Collection[int]) -> None:
+        """The broker has confirmed timers for these seconds. Seconds without members are ignored."""
+
+    def due(self, *, before: float, limit: int = 1000) -> list[int]:
+        """Seconds at or before `before` that still have members, oldest first."""
+
+    def detach(self, iss: str, jti: str, *, revocation_id: str) -> Detached:
+        """First step of revoking a token: it stops counting as a live token of its session.
+
+        If it was the last one and the session has neither session_exp nor grace, the session's life is closed, under
+        this revocation: `track(continuing=True)` finds it ended, and a new token opens a new life. The token stays in
+        its second until it is claimed. Repeating it with the same revocation_id gives the same answer; with another
+        one, ends_session is False.
+        """
+
+    def attach(self, iss: str, jti: str, *, revocation_id: str) -> None:
+        """Take `detach` back: the revocation was not made. No effect if the token was claimed meanwhile."""
+
+    def session(self, iss: str, sid: str) -> float | None:
+        """The start of a session with an open life; None if it has none."""
+
+    def claim(self, second: int, *, services: Sequence[str], limit: int = 500) -> Claim | None:
+        """Take up to `limit` members out of a second and record them in the notice log, in one atomic step.
+
+        - A token that was not detached: one entry. It ends its session too if no live token of it is left and it has
+          neither session_exp nor grace; the session's record goes.
+        - A token that was detached: one entry that ends the token; and the session if the life was closed under that
+          same detach and not opened again.
+        - A session's due entry: if its session_exp, or the last exp seen for it plus grace, is later than this second,
+          it is moved there (see `Claim.rearm`) and makes no entry. Otherwise one entry that ends the session, and its
+          record goes. If the session's record has gone, no entry.
+        - The record waits for `services`. With none, the members are taken out and nothing is recorded.
+        - The claim that empties a second removes it and its timer state.
+
+        Returns:
+            None if the second has no members.
+
+        Raises:
+            NotDue: the store's clock has not reached `second`.
+        """
+
+    # ---- revocations
+
+    def revoke(self, revocation: Revocation, *, batch_id: str, jws: str) -> Recorded:
+        """Record a revocation: denylist entry, change-feed entry and notice-log record, in one atomic step.
+
+        The record waits for the services that are registered at that moment. Recording the same id twice is one
+        revocation; the first one counts.
+        """
+
+    def revocation(self, revocation_id: str) -> Revocation | None:
+        """A revocation whose denylist entry lives, by its id."""
+
+    def status(self, revocation_id: str) -> Mapping[str, ServiceStatus] | None:
+        """Who has applied a revocation, who has not. None if its record is unknown, or gone after the retention."""
+
+    # ---- the notice log
+
+    def settle(self, batch_id: str, *, dead: Collection[int]) -> None:
+        """Say, once, which entries of an expiry record were told by a revocation instead, and drop them from it.
+
+        A record with nothing left is removed. Settling again is without effect.
+        """
+
+    def open_notices(self, *, limit: int = 100) -> list[OpenNotice]:
+        """Records whose time to be sent again has come, oldest first.
+
+        Each is handed out to one caller, and comes up again after FIRST_RESEND_SECONDS, doubled with each attempt up
+        to LONGEST_RESEND_SECONDS. An expiry or revocation first comes up FIRST_RESEND_SECONDS after it was recorded; a
+        "missed" at once.
+        """
+
+    def resend_at(self, batch_ids: Collection[str], at: float) -> None:
+        """Let `open_notices` hand these out from `at` on (0: at once)."""
+
+    def receive(self, receipts: Sequence[tuple[str, Receipt]]) -> None:
+        """Apply receipts, each with the service's name.
+
+        done and parked entries are closed for that service, retrying ones are held until `until` plus
+        RETRY_MARGIN_SECONDS. A record that no service waits for is removed if it is an expiry's or a missed one, and
+        kept for `status` if it is a revocation's. Unknown records, services and entries are ignored; a closed entry
+        stays closed, and "done" after "parked" is done.
+        """
+
+    # ---- services
+
+    def add_service(self, name: str) -> bool:
+        """Register a service. It is told what is recorded from now on. False if it was registered already."""
+
+    def remove_service(self, name: str) -> bool:
+        """Remove a service; no record waits for it any more. False if it was not registered."""
+
+    def services(self) -> list[ServiceInfo]:
+        """The registered services, by name."""
+
+    def mark_missed(self, service: str, since: float) -> None:
+        """Notices for a service were dropped: open a "missed" record for it, or let its open one begin earlier."""
+
+    # ---- parked entries
+
+    def park(self, parked: Sequence[Parked]) -> None:
+        """Keep what was given up on. An id that is there already is replaced."""
+
+    def parked(self, *, service: str | None = None, after: str = "", limit: int = 100) -> list[Parked]:
+        """Parked entries in the order of their ids, those after id `after`; of one service, or of all."""
+
+    def unpark(self, ids: Collection[str]) -> int:
+        """Remove parked entries. Returns how many there were."""
+
+    # ---- keeping house
+
+    def lease(self, name: str, *, holder: str, seconds: float) -> bool:
+        """Take or renew a named lease; False if another holder's is live. 0 seconds gives it back."""
+
+    def prune(self) -> Pruned:
+        """Remove what has outlived its time; a bounded amount per call (about 1,000 of each kind).
+
+        Denylist entries past expires_at; the feed beyond FEED_LENGTH; notice-log records, dedupe records and parked
+        entries past the retention; and, while the open log is larger than log_max_bytes, the oldest expiry records.
+        Services that a removed record still waited for get a "missed" record, and are in the answer.
+        """
+
+    def ping(self) -> str:
+        """The server and its version, for example "Redis 7.0.15"."""
+
+    def warnings(self) -> list[str]:
+        """What an operator should change about the server (for example: AOF is off). Empty if all is well."""
+
+
+def open_store(
+    url: str,
+    *,
+    namespace: str = "knell",
+    rules: Rules | None = None,
+    partitions: int = 1,
+    clock: Callable[[], float] | None = None,
+) -> Store:
+    """Open a store by its URL: `redis://`, `rediss://`, `unix://` or `sqlite:///path`.
+
+    Args:
+        clock: replaces the store's own clock, for tests that move it. Default: the server's.
+
+    Raises:
+        InvalidSettings: the URL has a scheme that no store answers to.
+        StoreUnavailable: SQLite could not open its file. A server is not contacted here.
+    """
+    scheme = urlsplit(url).scheme
+    rules = rules or Rules()
+    if scheme in ("redis", "rediss", "unix"):
+        from knell.stores.redis import RedisStore
+
+        return RedisStore(url, namespace=namespace, rules=rules, partitions=partitions, clock=clock)
+    if scheme == "sqlite":
+        from knell.stores.sql import SqlStore
+
+        return SqlStore(url, namespace=namespace, rules=rules, clock=clock)
+    raise InvalidSettings(f"KNELL_STORE_URL has scheme {scheme!r}; use redis://, rediss://, unix:// or sqlite:///")

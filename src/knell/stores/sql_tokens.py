@@ -1,0 +1,240 @@
+"""Tokens, sessions and expiry seconds in SQL. Each function is one step inside a transaction."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Sequence
+
+from sqlalchemy import and_, insert, select, update
+
+from knell.errors import NotDue
+from knell.notices import new_batch_id
+from knell.revocations import Revocation, Scope
+from knell.store import ARM_LEASE_SECONDS, IMMEDIATE_SECONDS, Claim, Claimed, Detached, Tracked
+from knell.stores import sql_log
+from knell.stores.sql_database import Tx, chunks
+from knell.stores.sql_ledger import (
+    Ledger,
+    SessionRow,
+    TokenRow,
+    read_ref,
+    session_key,
+    token_key,
+)
+from knell.stores.sql_schema import key_of
+from knell.tokens import TokenRef
+
+_BOTH = frozenset({"token", "session"})
+_TOKEN = frozenset({"token"})
+_SESSION = frozenset({"session"})
+
+
+def track(tx: Tx, refs: Sequence[TokenRef], *, continuing: bool, reopen: bool) -> list[Tracked]:
+    """See `Store.track`."""
+    keys = [token_key(ref.iss, ref.jti) for ref in refs]
+    ledger = Ledger(tx)
+    ledger.load(keys, {key for ref in refs if (key := session_key(ref)) is not None})
+    denylist = _denylist(tx, refs)
+    answers, seconds = [], []
+    for key, ref in zip(keys, refs, strict=True):
+        life = ledger.life_of(session_key(ref))
+        started = ref.started if life is None or life.started is None else life.started
+        put: list[int] = []
+        denied, ended = None, continuing and not reopen and ref.sid is not None and life is None
+        if not ended:
+            denied = _refused(denylist, ref, started)
+            if denied is None:
+                put = ledger.put(key, ref)
+            else:
+                _untrack(ledger, key, denied)
+        answers.append(Tracked(ref, denied=denied, session_ended=ended, started=started))
+        seconds.append(put)
+    emptied = ledger.flush()
+    return _with_timers(answers, seconds, _arm(tx, {second for put in seconds for second in put} - emptied))
+
+
+def _untrack(ledger: Ledger, key: bytes, denied: Revocation) -> None:
+    token = ledger.token(key)
+    # A revocation of the token alone does not tell of its session's end. Where that end hangs on this token's own
+    # entry, the token stays where it was, and the entry is told.
+    if token is not None and ("session" in denied.ends or not ledger.carries_end(token)):
+        ledger.remove(token)
+
+
+def _with_timers(answers: list[Tracked], seconds: list[list[int]], to_arm: set[int]) -> list[Tracked]:
+    found = []
+    for answer, put in zip(answers, seconds, strict=True):
+        mine = tuple(dict.fromkeys(second for second in put if second in to_arm))
+        to_arm -= set(mine)
+        found.append(Tracked(answer.ref, mine, answer.denied, answer.session_ended, answer.started))
+    return found
+
+
+def _denylist(tx: Tx, refs: Sequence[TokenRef]) -> dict[bytes, list[Revocation]]:
+    table, found = tx.tables.denylist, dict[bytes, list[Revocation]]()
+    for chunk in chunks({target for ref in refs for target in _targets(ref)}):
+        for row in tx.rows(
+            select(table.c.target, table.c.body).where(table.c.target.in_(chunk)).order_by(table.c.position)
+        ):
+            found.setdefault(row.target, []).append(Revocation.from_json(json.loads(row.body)))
+    return found
+
+
+def target_of(scope: Scope, iss: str, value: str) -> bytes:
+    """The key that a revocation is looked up by."""
+    return key_of(scope.value, iss, value)
+
+
+def _targets(ref: TokenRef) -> list[bytes]:
+    named = ((Scope.TOKEN, ref.jti), (Scope.SESSION, ref.sid), (Scope.SUBJECT, ref.sub))
+    return [target_of(scope, ref.iss, value) for scope, value in named if value is not None]
+
+
+def _refused(denylist: dict[bytes, list[Revocation]], ref: TokenRef, started: float | None) -> Revocation | None:
+    if not denylist:
+        return None
+    entries = (entry for target in _targets(ref) for entry in denylist.get(target, ()))
+    return next((entry for entry in entries if entry.refuses(ref, started=started)), None)
+
+
+# ---- timers
+
+
+def _arm(tx: Tx, wanted: Collection[int]) -> set[int]:
+    """Which of these seconds need a timer. They are leased to the caller."""
+    table, known = tx.tables.seconds, dict[int, bool]()
+    for chunk in chunks(wanted):
+        for row in tx.rows(select(table).where(table.c.second.in_(chunk))):
+            known[row.second] = not row.armed and row.leased_at <= tx.now - ARM_LEASE_SECONDS
+    needed = {s for s in wanted if known.get(s, True) or s <= tx.now + IMMEDIATE_SECONDS}
+    new = [{"second": second, "armed": False, "leased_at": tx.now} for second in needed if second not in known]
+    tx.run(insert(table), new)
+    for chunk in chunks([second for second in needed if second in known]):
+        tx.run(update(table).where(table.c.second.in_(chunk)).values(leased_at=tx.now))
+    return needed
+
+
+def armed(tx: Tx, seconds: Collection[int]) -> None:
+    """See `Store.armed`."""
+    table = tx.tables.seconds
+    for chunk in chunks(set(seconds)):
+        tx.run(update(table).where(table.c.second.in_(chunk)).values(armed=True))
+
+
+def due(tx: Tx, *, before: float, limit: int) -> list[int]:
+    """See `Store.due`."""
+    table = tx.tables.seconds
+    query = select(table.c.second).where(table.c.second <= math.floor(before)).order_by(table.c.second).limit(limit)
+    return [row.second for row in tx.rows(query)]
+
+
+# ---- sessions
+
+
+def session(tx: Tx, iss: str, sid: str) -> float | None:
+    """See `Store.session`."""
+    table = tx.tables.sessions
+    key = key_of(iss, sid)
+    found: float | None = tx.value(select(table.c.started).where(and_(table.c.key == key, table.c.closed_by.is_(None))))
+    return found
+
+
+def detach(tx: Tx, iss: str, jti: str, revocation_id: str) -> Detached:
+    """See `Store.detach`."""
+    ledger, token = _load_one(tx, iss, jti)
+    if token is None:
+        return Detached(None, False)
+    ref = read_ref(token.ref)
+    if token.detached is not None:
+        return Detached(ref, token.closed and token.detached == revocation_id)
+    life = ledger.own_life(token)
+    if life is not None:
+        ledger.count_out(life)
+        if life.live == 0 and life.due is None:
+            life.closed_by, token.closed = revocation_id, True
+    token.detached = revocation_id
+    ledger.changed(token)
+    ledger.flush()
+    return Detached(ref, token.closed)
+
+
+def attach(tx: Tx, iss: str, jti: str, revocation_id: str) -> None:
+    """See `Store.attach`."""
+    ledger, token = _load_one(tx, iss, jti)
+    if token is None or token.detached != revocation_id:
+        return
+    life = ledger.closed_life(token)
+    if life is not None:
+        life.closed_by = None
+    elif token.closed:
+        # The session was opened again meanwhile: the token is one more of that life, if it is still there.
+        life = ledger.life_of(token.session)
+    else:
+        life = ledger.own_life(token)
+    if life is not None:
+        ledger.count_in(life)
+        life.last_exp = max(life.last_exp, read_ref(token.ref).exp)
+        token.life = life.life
+    token.detached, token.closed = None, False
+    ledger.changed(token)
+    ledger.flush()
+
+
+def _load_one(tx: Tx, iss: str, jti: str) -> tuple[Ledger, TokenRow | None]:
+    ledger, key = Ledger(tx), token_key(iss, jti)
+    ledger.load([key])
+    return ledger, ledger.token(key)
+
+
+# ---- claims
+
+
+def claim(tx: Tx, second: int, *, services: Sequence[str], limit: int) -> Claim | None:
+    """See `Store.claim`."""
+    if tx.now < second:
+        raise NotDue(second, second - tx.now)
+    ledger = Ledger(tx)
+    tokens, sessions = ledger.load_second(second, limit)
+    if not tokens and not sessions:
+        return None
+    ended = [_claim_token(ledger, token) for token in tokens]
+    moved = set()
+    for row in sessions:
+        end = row.end(tx.rules.session_grace_seconds)
+        if end is not None and end > second:
+            ledger.move_session(row, math.ceil(end))
+            moved.add(math.ceil(end))
+        else:
+            ref = read_ref(row.ref).replace(jti="", exp=row.last_exp if end is None else end)
+            ended.append((ref, _SESSION, row.started))
+            ledger.drop_session(row)
+    more = second not in ledger.flush()
+    entries = tuple(Claimed(n, *one) for n, one in enumerate(ended))
+    batch_id = new_batch_id("e") if entries and services else ""
+    if batch_id:
+        sql_log.add_expiry(tx, batch_id, entries, services)
+    return Claim(batch_id, entries, tuple(sorted(_arm(tx, moved))), more)
+
+
+def _claim_token(ledger: Ledger, token: TokenRow) -> tuple[TokenRef, frozenset[str], float | None]:
+    ref = read_ref(token.ref)
+    closed, life = ledger.closed_life(token), ledger.own_life(token)
+    known = closed or life
+    started = ref.started if known is None or known.started is None else known.started
+    ends = _TOKEN
+    if closed is not None:
+        ends = _BOTH
+        ledger.drop_session(closed)
+    elif life is not None and token.detached is None:
+        ends = _claim_live(ledger, life)
+    ledger.drop_token(token)
+    return ref, ends, started
+
+
+def _claim_live(ledger: Ledger, life: SessionRow) -> frozenset[str]:
+    ledger.count_out(life)
+    if life.live > 0 or life.due is not None:
+        return _TOKEN
+    ledger.drop_session(life)
+    return _BOTH

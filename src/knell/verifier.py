@@ -1,0 +1,249 @@
+"""The face for whoever checks tokens: no network call for a token, and a stated age of what it knows."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+from knell.decoding import Decoder
+from knell.errors import DenylistStale, InvalidSettings, TokenExpired, TokenInvalid, TokenRevoked
+from knell.follower import Follower
+from knell.settings import Settings
+from knell.store import Feed, open_store
+from knell.tokens import TokenRef
+from knell.watches import TokenEnd, Watch, Watches, ends_at
+
+__all__ = ["AVAILABLE", "STRICT", "Policy", "TokenEnd", "Verifier", "Watch"]
+
+# How long after the start in a process `verify` may wait for the first snapshot. It mostly takes a few milliseconds;
+# without the wait the first requests of every process would be refused.
+START_WAIT_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What a verifier does when it has been out of contact with the store.
+
+    A token that is known to be revoked is refused under every policy.
+
+    Attributes:
+        name: for logs and health pages.
+        refuse_after_seconds: once the denylist is older than this, every token is refused (DenylistStale).
+        needs_snapshot: True to refuse every token until the denylist was read for the first time. False to accept
+            tokens without it, for refuse_after_seconds from the verifier's start in this process.
+    """
+
+    name: str
+    refuse_after_seconds: float
+    needs_snapshot: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.refuse_after_seconds > 0:
+            raise InvalidSettings(f"refuse_after_seconds is {self.refuse_after_seconds}; it must be above 0")
+
+
+# Security first: a revocation is never ignored for longer than this, at the price of refusing everybody.
+STRICT = Policy("strict", 10.0)
+# Service first: an hour without the store goes unnoticed by users, and so may a revocation made in that hour.
+AVAILABLE = Policy("available", 3600.0, needs_snapshot=False)
+
+
+class Verifier:
+    """Checks tokens: signature and claims, expiry, and the denylist.
+
+    The denylist is a replica in this process, fed by a thread that starts at the first `verify`, `watch`, `wait_ready`
+    or `start` in each process: make a verifier at import, fork afterwards, and each child gets a replica of its own.
+    A `verify` is no network I/O; only in the first `start_wait_seconds` of a process does it wait until the
+    denylist is there. Call `wait_ready` (or `start`) when a process begins, and it does not wait either.
+    """
+
+    def __init__(
+        self,
+        keys: object,
+        *,
+        algorithms: Collection[str],
+        issuer: str | Sequence[str],
+        audience: str | Sequence[str] | None,
+        policy: Policy = STRICT,
+        leeway_seconds: float = 0.0,
+        settings: Settings | None = None,
+        store: Feed | None = None,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+        require: Collection[str] = ("exp", "jti"),
+        start_wait_seconds: float = START_WAIT_SECONDS,
+    ) -> None:
+        """Make a verifier; nothing is opened yet.
+
+        Args:
+            keys: PEM text of a public (or private) key; for HS256 a secret of 32 bytes or more; a public key object; a
+                `jwt.PyJWK`; a `knell.keys.SigningKey`; or a mapping of `kid` to these. With a mapping, a token whose
+                kid is not in it is refused, and one without kid is accepted only if there is a single key.
+            algorithms: the JWS algorithms that are accepted, for example ["EdDSA"]; never taken from the token. HMAC
+                and public-key algorithms do not mix, and "none" is refused.
+            issuer: the `iss` that is accepted, or several. Every key may sign for each of them: issuers that do not
+                trust each other need a verifier each.
+            audience: the `aud` that is accepted, or several. None: only tokens without `aud` are accepted.
+            policy: what to do when the denylist is old. Default STRICT, refuse everything after 10 s.
+            leeway_seconds: how long after its exp a token is still accepted, for clocks that differ. Default 0; at most
+                the leeway of the rules, which revocations outlive their tokens by.
+            settings: where the store is, and the rules. Default `Settings.from_environ()`.
+            store: a store to follow in place of the settings' own. It stays yours to close, and if you fork, it has to
+                survive that.
+            clock: Unix time, in seconds.
+            monotonic: what the denylist's age is measured with, in seconds.
+            require: claims that a token must have, besides iss and exp. Without "jti" among them, a token that has none
+                is accepted, and can only be revoked by its sid or sub. Add "iat" if tokens of this issuer could lack
+                it: the lifetime of a token without iat cannot be checked, so revoking one by a jti that was never
+                tracked holds for the maximum token lifetime only.
+            start_wait_seconds: how long after the start in a process `verify` may wait for the denylist. Default 1.
+
+        Raises:
+            InvalidSettings: says which argument cannot be used, and why.
+        """
+        settings = settings or Settings.from_environ()
+        limit = settings.rules.leeway_seconds
+        if not (math.isfinite(leeway_seconds) and 0 <= leeway_seconds <= limit):
+            raise InvalidSettings(
+                f"leeway_seconds is {leeway_seconds}; use 0 to {limit:g}, or raise KNELL_LEEWAY_SECONDS everywhere: a "
+                "revocation leaves the denylist that long after its token's exp"
+            )
+        self._decoder = Decoder(
+            keys, algorithms=algorithms, issuer=issuer, audience=audience, rules=settings.rules, require=require
+        )
+        self.policy = policy
+        self._rules = settings.rules
+        self._leeway_seconds = leeway_seconds
+        self._clock = clock
+        self._monotonic = monotonic
+        self._start_wait_seconds = start_wait_seconds
+        self._watches = Watches(lambda: self._follower.denylist, clock=clock, leeway_seconds=leeway_seconds)
+        self._follower = Follower(
+            store if store is not None else lambda: _open(settings),
+            clock=clock,
+            monotonic=monotonic,
+            on_change=self._watches.on_change,
+            on_resync=self._watches.on_resync,
+        )
+        self._started_at = monotonic()
+
+    # ---- checking
+
+    def verify(self, token: str) -> dict[str, Any]:
+        """Check a token. Returns its claims, a copy that is the caller's own.
+
+        Raises:
+            TokenInvalid: malformed, not signed by a trusted key, for someone else, or a claim is wrong or missing.
+            TokenExpired: its exp or session_exp has passed.
+            TokenRevoked: it is on the denylist.
+            DenylistStale: by the policy, nothing can be accepted now; try again later.
+        """
+        claims, ref = self._decoder.decode(token)
+        self._check(ref, claims.get("nbf"))
+        return claims
+
+    def _check(self, ref: TokenRef, nbf: float | None) -> None:
+        now = self._clock()
+        if ends_at(ref, self._leeway_seconds) <= now:
+            raise TokenExpired("the token has expired" if ref.exp <= now else "the token's session has expired")
+        if nbf is not None and nbf > now + self._leeway_seconds:
+            raise TokenInvalid(f"the token is valid only in {nbf - now:.0f} s (nbf)")
+        # The most skew that any process may forgive: what is issued later than that was not issued in good order, and
+        # would escape the cut-off of a revocation that is yet to come.
+        if ref.iat is not None and ref.iat > now + self._rules.leeway_seconds:
+            raise TokenInvalid(f"the token was issued {ref.iat - now:.0f} s in the future (iat); check the clocks")
+        if ref.exp > now + self._rules.max_token_seconds + self._rules.leeway_seconds:
+            raise TokenInvalid(f"the token's exp is more than {self._rules.max_token_seconds:.0f} s off, the maximum")
+        if not self._follower.ready:
+            self._wait_at_start()
+        found = self._follower.denylist.find(ref)
+        if found is not None:
+            raise TokenRevoked(found.id, found.reason)
+        self._check_age()
+
+    def _wait_at_start(self) -> None:
+        self.start()
+        left = self._started_at + self._start_wait_seconds - self._monotonic()
+        if left > 0:
+            self._follower.wait_ready(left)
+
+    def _check_age(self) -> None:
+        stale = self._follower.staleness_seconds
+        age = stale
+        if math.isinf(stale) and not self.policy.needs_snapshot:
+            age = self._monotonic() - self._started_at
+        if age > self.policy.refuse_after_seconds:
+            raise DenylistStale(stale, self.policy.refuse_after_seconds)
+
+    # ---- watching
+
+    def watch(self, claims: Mapping[str, Any], on_end: Callable[[TokenEnd], None]) -> Watch:
+        """Be called once, when a token or its session ends: by expiry or by revocation, whichever is first.
+
+        `on_end` is called from a thread of the verifier, one callback after the other: it must be quick. If the token
+        has ended already, it is called at once. An error that it raises is logged. A denylist that is out of contact
+        ends no watch. After a fork, the child has none of the parent's watches.
+
+        Args:
+            claims: what `verify` returned.
+            on_end: is given a `TokenEnd`.
+
+        Returns:
+            The watch; call its `cancel`, or leave it as a context manager, when it is of no more use.
+
+        Raises:
+            InvalidClaims: these are no claims of a token.
+        """
+        self.start()
+        return self._watches.add(self._decoder.reference(claims), on_end)
+
+    # ---- the replica
+
+    @property
+    def staleness_seconds(self) -> float:
+        """Seconds since the store last proved that nothing newer is there; infinite before the first time."""
+        return self._follower.staleness_seconds
+
+    @property
+    def resyncs(self) -> int:
+        """How often the whole denylist had to be read anew, in this process."""
+        return self._follower.resyncs
+
+    @property
+    def alarms(self) -> int:
+        """How often the store was found to have lost data, in this process."""
+        return self._follower.alarms
+
+    def start(self) -> None:
+        """Begin to follow the denylist in this process, and return at once. Calling again is without effect."""
+        if not self._follower.started:
+            self._started_at = self._monotonic()
+            self._follower.start()
+
+    def wait_ready(self, timeout_seconds: float) -> bool:
+        """Wait until the denylist is there. False if it was not after `timeout_seconds`."""
+        self.start()
+        return self._follower.wait_ready(timeout_seconds)
+
+    def close(self) -> None:
+        """Stop the threads and close the store, if the verifier opened it. Watches are dropped without a call."""
+        self._watches.close()
+        self._follower.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _open(settings: Settings) -> Feed:
+    return open_store(
+        settings.store_url, namespace=settings.namespace, rules=settings.rules, partitions=settings.partitions
+    )

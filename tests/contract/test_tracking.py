@@ -1,0 +1,291 @@
+"""track, armed and due: tokens under their expiry seconds, and who has to arm a timer."""
+
+from __future__ import annotations
+
+import pytest
+
+from knell.store import ARM_LEASE_SECONDS, IMMEDIATE_SECONDS, Store
+from tests.contract.conftest import MakeStore
+from tests.contract.making import BEGAN, TOKEN, Clock, claim_all, claim_one, record, revocation, token, told
+
+FAR = BEGAN + 10_000
+
+
+def test_track_puts_a_token_under_its_expiry_second_and_asks_for_a_timer(store: Store) -> None:
+    """A token's second is in must_arm, and is due."""
+    ref = token(ends_in=60)
+    [answer] = store.track([ref])
+    assert answer.ref == ref
+    assert answer.must_arm == (int(BEGAN) + 60,)
+    assert answer.denied is None
+    assert not answer.session_ended
+    assert store.due(before=FAR) == [int(BEGAN) + 60]
+
+
+def test_answers_are_in_the_order_of_the_tokens(store: Store) -> None:
+    """Each token gets its own answer, in the order that they were given in."""
+    refs = [token(f"t{n}", ends_in=60 + n % 7, sid=f"s{n % 3}") for n in range(50)]
+    assert [answer.ref for answer in store.track(refs)] == refs
+
+
+def test_tracking_nothing_is_nothing(store: Store) -> None:
+    """No tokens, no answers, nothing due."""
+    assert store.track([]) == []
+    assert store.due(before=FAR) == []
+
+
+@pytest.mark.parametrize(("ends_in", "second"), [(10.0, 10), (10.000001, 11), (10.5, 11), (10.999, 11)])
+def test_a_fraction_of_a_second_is_due_at_the_next_whole_one(
+    store: Store, clock: Clock, ends_in: float, second: int
+) -> None:
+    """The expiry second is ceil(exp), and exp keeps its fraction."""
+    store.track([token(ends_in=ends_in)])
+    assert store.due(before=FAR) == [int(BEGAN) + second]
+    clock.reach(BEGAN + second)
+    assert claim_one(store, int(BEGAN) + second).entries[0].ref.exp == BEGAN + ends_in
+
+
+def test_each_second_is_asked_for_once_in_a_call(store: Store) -> None:
+    """Tokens of one second are one timer: its second is in one answer's must_arm."""
+    answers = store.track([token(f"t{n}", ends_in=60 + n % 2) for n in range(10)])
+    assert sorted(s for answer in answers for s in answer.must_arm) == [int(BEGAN) + 60, int(BEGAN) + 61]
+
+
+def test_a_leased_second_is_not_asked_for_again(store: Store, clock: Clock) -> None:
+    """A second that was handed to a publisher is asked for again only when the lease has run out."""
+    store.track([token("t1")])
+    clock.advance(ARM_LEASE_SECONDS - 0.1)
+    assert store.track([token("t2")])[0].must_arm == ()
+    clock.advance(0.2)
+    assert store.track([token("t3")])[0].must_arm == (int(BEGAN) + 60,)
+    assert store.track([token("t4")])[0].must_arm == ()
+
+
+def test_a_confirmed_second_is_not_asked_for_again(store: Store, clock: Clock) -> None:
+    """Once the timer is confirmed, no later token asks for one."""
+    store.track([token("t1")])
+    store.armed([int(BEGAN) + 60])
+    clock.advance(ARM_LEASE_SECONDS * 5)
+    assert store.track([token("t2")])[0].must_arm == ()
+
+
+def test_a_second_that_is_due_at_once_is_always_asked_for(store: Store, clock: Clock) -> None:
+    """Within IMMEDIATE_SECONDS of its time a second is in must_arm, armed or not."""
+    store.track([token("t1")])
+    store.armed([int(BEGAN) + 60])
+    clock.reach(BEGAN + 60 - IMMEDIATE_SECONDS)
+    assert store.track([token("t2")])[0].must_arm == (int(BEGAN) + 60,)
+    clock.advance(5)
+    assert store.track([token("t3")])[0].must_arm == (int(BEGAN) + 60,)
+
+
+def test_arming_a_second_without_members_is_ignored(store: Store) -> None:
+    """A confirmation for an empty second neither makes it due nor arms it for later."""
+    store.armed([int(BEGAN) + 60])
+    store.armed([])
+    assert store.due(before=FAR) == []
+    assert store.track([token()])[0].must_arm == (int(BEGAN) + 60,)
+
+
+def test_the_claim_that_empties_a_second_forgets_its_timer(store: Store, clock: Clock) -> None:
+    """A token that is tracked under a second that was emptied needs a timer again."""
+    store.track([token("t1")])
+    store.armed([int(BEGAN) + 60])
+    clock.reach(BEGAN + 60)
+    claim_one(store, int(BEGAN) + 60)
+    clock.now = BEGAN
+    assert store.track([token("t2")])[0].must_arm == (int(BEGAN) + 60,)
+
+
+def test_due_lists_the_oldest_seconds_first(store: Store) -> None:
+    """due answers in order, up to and including `before`, at most `limit`."""
+    store.track([token(f"t{n}", ends_in=n) for n in (30, 10, 20, 40)])
+    base = int(BEGAN)
+    assert store.due(before=BEGAN + 30) == [base + 10, base + 20, base + 30]
+    assert store.due(before=BEGAN + 29.9) == [base + 10, base + 20]
+    assert store.due(before=BEGAN + 40, limit=2) == [base + 10, base + 20]
+    assert store.due(before=BEGAN + 9) == []
+
+
+def test_tracking_again_moves_a_token(store: Store, clock: Clock) -> None:
+    """A jti is in one second only: the last one that it was tracked under."""
+    store.track([token("t1", ends_in=60), token("t2", ends_in=61)])
+    assert store.track([token("t1", ends_in=90)])[0].must_arm == (int(BEGAN) + 90,)
+    assert store.due(before=FAR) == [int(BEGAN) + 61, int(BEGAN) + 90]
+    clock.reach(BEGAN + 90)
+    assert store.claim(int(BEGAN) + 60, services=["shop"]) is None
+    assert claim_one(store, int(BEGAN) + 90).entries[0].ref == token("t1", ends_in=90)
+
+
+def test_tracking_the_same_again_changes_nothing(store: Store, clock: Clock) -> None:
+    """An exact repetition leaves one token, in one second, of one session."""
+    for _ in range(3):
+        store.track([token("t1", sid="s1"), token("t1", sid="s1")])
+    clock.reach(BEGAN + 60)
+    assert len(told(claim_all(store, int(BEGAN) + 60))) == 1
+
+
+def test_tracking_again_does_not_count_twice_in_the_session(store: Store, clock: Clock) -> None:
+    """A token that is tracked twice is one live token of its session, whose end ends the session."""
+    store.track([token("t1", sid="s1")])
+    store.track([token("t1", sid="s1", ends_in=70)])
+    clock.reach(BEGAN + 70)
+    assert claim_one(store, int(BEGAN) + 70).entries[0].ends == {"token", "session"}
+    assert store.session(token().iss, "s1") is None
+
+
+def test_a_token_is_named_by_issuer_and_jti(store: Store, clock: Clock) -> None:
+    """The same jti of two issuers is two tokens, and the same sid two sessions."""
+    refs = [token("t1", iss="https://a", sid="s"), token("t1", iss="https://b", sid="s")]
+    store.track(refs)
+    assert store.detach("https://a", "t1", revocation_id="r1").ref == refs[0]
+    clock.reach(BEGAN + 60)
+    claim = claim_one(store, int(BEGAN) + 60)
+    assert sorted(entry.ref.iss for entry in claim.entries) == ["https://a", "https://b"]
+
+
+def test_a_denied_token_is_not_tracked(store: Store) -> None:
+    """A revoked jti is answered with its revocation, and leaves no trace."""
+    made = revocation("token", "t1", reason="stolen")
+    record(store, made)
+    [answer] = store.track([token("t1", sid="s1")])
+    assert answer.denied == made
+    assert answer.must_arm == ()
+    assert store.due(before=FAR) == []
+    assert store.session(token().iss, "s1") is None
+
+
+def test_a_denied_token_leaves_its_second_to_the_others(store: Store) -> None:
+    """Of two tokens of one second, one denied: the other still gets the timer."""
+    record(store, revocation("token", "t1"))
+    denied, alive = store.track([token("t1"), token("t2")])
+    assert denied.denied is not None
+    assert denied.must_arm == ()
+    assert alive.must_arm == (int(BEGAN) + 60,)
+
+
+def test_denial_takes_out_what_was_tracked_before(store: Store) -> None:
+    """A token that is tracked again after its session was revoked leaves its second."""
+    store.track([token("t1", sid="s1")])
+    record(store, revocation("session", "s1"))
+    assert store.track([token("t1", sid="s1", ends_in=90)])[0].denied is not None
+    assert store.due(before=FAR) == []
+
+
+@pytest.mark.parametrize(("scope", "value"), [("token", "t1"), ("session", "s1"), ("subject", "alice")])
+def test_each_scope_denies(store: Store, scope: str, value: str) -> None:
+    """Token, session and subject revocations each refuse what they name and nothing else."""
+    record(store, revocation(scope, value))
+    refused, other, foreign = store.track(
+        [
+            token("t1", sid="s1", sub="alice"),
+            token("t2", sid="s2", sub="bob"),
+            token("t1", sid="s1", sub="alice", iss="https://other.example"),
+        ]
+    )
+    assert refused.denied is not None
+    assert other.denied is None
+    assert foreign.denied is None
+
+
+def test_a_cut_off_spares_what_began_later(store: Store) -> None:
+    """A subject's cut-off refuses a session that began at it, and not one that began after it."""
+    record(store, revocation("subject", "alice", now=BEGAN + 5, issued_before=BEGAN + 5))
+    equal = token("t1", sub="alice", iat=BEGAN + 5)
+    later = token("t2", sub="alice", iat=BEGAN + 5.001)
+    assert [answer.denied is None for answer in store.track([equal, later])] == [False, True]
+
+
+def test_a_cut_off_is_compared_with_the_start_that_the_store_knows(store: Store) -> None:
+    """A refreshed token with a late iat and no auth_time does not escape its session's start."""
+    store.track([token("t1", sid="s1", sub="alice", iat=BEGAN)])
+    record(store, revocation("subject", "alice", now=BEGAN + 5.5, issued_before=BEGAN + 5.5))
+    refreshed = token("t2", sid="s1", sub="alice", iat=BEGAN + 10)
+    assert store.track([refreshed], continuing=True)[0].denied is not None
+
+
+def test_of_several_revocations_one_that_refuses_is_found(store: Store) -> None:
+    """A revocation whose cut-off spares a token does not hide another that refuses it."""
+    record(store, revocation("subject", "alice", issued_before=BEGAN - 100))
+    strict = revocation("subject", "alice", issued_before=BEGAN + 1)
+    record(store, strict)
+    record(store, revocation("subject", "alice", issued_before=BEGAN - 50))
+    assert store.track([token("t1", sub="alice")])[0].denied == strict
+
+
+def test_started_is_auth_time_or_the_first_iat(store: Store) -> None:
+    """The start of a session is its first token's auth_time, else that token's iat."""
+    first, later = store.track([token("t1", sid="s1", iat=BEGAN + 1), token("t2", sid="s1", iat=BEGAN + 9)])
+    assert (first.started, later.started) == (BEGAN + 1, BEGAN + 1)
+    assert store.track([token("t3", sid="s2", auth_time=BEGAN - 7.25)])[0].started == BEGAN - 7.25
+    assert store.track([token("t4")])[0].started == BEGAN
+    assert store.track([token("t5", iat=None)])[0].started is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["ü–日本語–🔑", "a:b:{c}:[d]", "{", "}{", "%s $1 \\ ' \" ; --", " ", "x" * 256, "é" * 128, "*", "a|b,c/d?e#f"],
+)
+def test_unusual_identifiers_come_back_as_they_went_in(store: Store, clock: Clock, name: str) -> None:
+    """Any text that is a valid identifier works as iss, jti, sid, sub, client_id, kid and revocation id."""
+    ref = token(name, iss=name, sid=name, sub=name, client_id=name, kid=name)
+    [answer] = store.track([ref])
+    assert answer.denied is None
+    assert store.session(name, name) == BEGAN
+    id = name[:100]  # an id is shorter than other identifiers: 200 bytes
+    assert store.detach(name, name, revocation_id=id).ref == ref
+    store.attach(name, name, revocation_id=id)
+    made = revocation("subject", name, iss=name, id=id, issued_before=BEGAN - 1)
+    record(store, made)
+    assert store.revocation(id) == made
+    clock.reach(BEGAN + 60)
+    [entry] = claim_one(store, int(BEGAN) + 60).entries
+    assert entry.ref == ref
+    assert entry.ends == {"token", "session"}
+
+
+def test_every_field_of_a_token_is_kept(store: Store, clock: Clock) -> None:
+    """A claim gives back the whole TokenRef, fractions included."""
+    ref = token(
+        ends_in=59.123456,
+        iat=BEGAN + 0.25,
+        sid="s1",
+        sub="alice",
+        client_id="web",
+        kid="k1",
+        auth_time=BEGAN - 0.001,
+        session_exp=BEGAN + 5000.5,
+    )
+    bare = token("bare", iat=None)
+    store.track([ref, bare])
+    clock.reach(BEGAN + 60)
+    assert {entry.ref for entry in claim_one(store, int(BEGAN) + 60).entries} == {ref, bare}
+
+
+def test_thousands_of_tokens_in_one_call(store: Store, clock: Clock) -> None:
+    """One call takes thousands of tokens, and every one of them is told once."""
+    refs = [token(f"t{n}", ends_in=60 + n % 3, sid=f"s{n}") for n in range(3000)]
+    assert len(store.track(refs)) == 3000
+    clock.reach(BEGAN + 62)
+    found = told(claim for s in (60, 61, 62) for claim in claim_all(store, int(BEGAN) + s))
+    assert found == {(ref.jti, ref.sid): frozenset({"token", "session"}) for ref in refs}
+
+
+def test_a_token_without_a_session_ends_alone(store: Store, clock: Clock) -> None:
+    """Without sid there is no session to end."""
+    store.track([token("t1")])
+    clock.reach(BEGAN + 60)
+    assert claim_one(store, int(BEGAN) + 60).entries[0].ends == TOKEN
+
+
+def test_namespaces_keep_environments_apart(make_store: MakeStore, clock: Clock) -> None:
+    """What one namespace tracks, revokes or registers, another does not see."""
+    one, two = make_store(namespace="a-one"), make_store(namespace="a-two")
+    one.track([token("t1", sid="s1")])
+    one.add_service("shop")
+    record(one, revocation("token", "t2"))
+    assert two.due(before=FAR) == []
+    assert two.session(token().iss, "s1") is None
+    assert two.services() == []
+    assert two.head().position == 0
+    assert two.track([token("t2")])[0].denied is None

@@ -1,0 +1,421 @@
+"""The `knell` command on the embedded default: what it answers, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from knell.keys import NOTICE_TYPE, SigningKey, TrustList
+from knell.notices import Cause, Receipt, batch_id_of_revocation
+from knell.settings import Settings
+from knell.store import Parked, Store, open_store
+from tests.commandline import ISS, Knell, park
+from tests.deployment import environ_of, until
+
+
+@pytest.fixture
+def place(settings: Callable[..., Settings]) -> Settings:
+    """The embedded default, under the test's own folder."""
+    return settings()
+
+
+@pytest.fixture
+def knell(place: Settings) -> Knell:
+    """The command, with the KNELL_* variables of `place`."""
+    return Knell(place)
+
+
+@pytest.fixture
+def store(place: Settings) -> Iterator[Store]:
+    place.home.mkdir(parents=True, exist_ok=True)
+    opened = open_store(place.store_url, namespace=place.namespace, rules=place.rules)
+    yield opened
+    opened.close()
+
+
+# ---- how it answers
+
+
+def test_help_documents_the_exit_codes(knell: Knell) -> None:
+    """`knell --help` lists what each exit code means."""
+    result = knell.run("--help")
+    assert result.exit_code == 0
+    for line in ("  1  a check failed", "  3  the store or the broker", "  4  there is no such"):
+        assert line in result.stdout
+
+
+@pytest.mark.parametrize("arguments", [("nonsense",), ("revoke", "token"), ("revoke", "tokn", "x", "--iss", "i")])
+def test_wrong_usage_exits_with_2(knell: Knell, arguments: tuple[str, ...]) -> None:
+    """A command line that cannot be read exits with 2, and says so on stderr alone."""
+    result = knell.run(*arguments)
+    assert result.exit_code == 2
+    assert not result.stdout
+    assert result.stderr
+
+
+def test_an_error_is_one_line_on_stderr(knell: Knell) -> None:
+    """An expected error is one line on stderr: no traceback, nothing on stdout."""
+    result = knell.run("services", "add", "Not A Name", "--json")
+    assert result.exit_code == 2
+    assert not result.stdout
+    assert result.stderr.startswith("error: 'Not A Name' is no service name")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_setting_that_cannot_be_used_exits_with_2(knell: Knell) -> None:
+    """A wrong KNELL_* variable is named, with exit code 2."""
+    result = knell.run("services", "list", KNELL_STORE_URL="mysql://x")
+    assert result.exit_code == 2
+    assert "KNELL_STORE_URL has scheme 'mysql'" in result.stderr
+
+
+def test_a_store_that_is_away_exits_with_3(knell: Knell) -> None:
+    """A store that does not answer is exit code 3."""
+    result = knell.run("services", "list", KNELL_STORE_URL="redis://127.0.0.1:1/0")
+    assert result.exit_code == 3, result.output
+    assert result.stderr.count("\n") == 1
+
+
+def test_the_installed_command_logs_nothing_to_stdout(place: Settings) -> None:
+    """The command as a process: what the library logs on the way is not on stdout, and an error is no traceback."""
+    environ = {**environ_of(place), "KNELL_BROKER_URL": "amqp://127.0.0.1:1//"}
+    command = [sys.executable, "-c", "from knell.cli import main; main()", "revoke", "session", "s1", "--iss", ISS]
+    done = subprocess.run(
+        [*command, "--json"],
+        env={**os.environ, **environ, "KNELL_NOTICE_KEY": str(place.home / "none.pem")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: KNELL_NOTICE_KEY")
+    assert done.stderr.count("\n") == 1
+
+
+def test_json_is_taken_before_and_after_the_command(knell: Knell) -> None:
+    """--json means the same at the front and at the end."""
+    assert json.loads(knell.run("--json", "services", "list").stdout) == {"services": []}
+    assert json.loads(knell.run("services", "list", "--json").stdout) == {"services": []}
+
+
+def test_there_is_no_colour_in_a_pipe(knell: Knell) -> None:
+    """Where nobody looks, there are no escape sequences."""
+    knell("services", "add", "shop")
+    assert "\x1b" not in knell.run("doctor", NO_COLOR="").output
+
+
+# ---- services and topology
+
+
+def test_services_are_added_listed_and_removed(knell: Knell, store: Store) -> None:
+    """A service is registered once, has a queue, is listed, and can be removed with its queue."""
+    assert knell("services", "add", "shop")["added"] is True
+    assert knell("services", "add", "shop")["added"] is False
+    assert [service.name for service in store.services()] == ["shop"]
+    listed = knell("services", "list")["services"]
+    assert [(each["name"], each["waiting"], each["missed_since"]) for each in listed] == [("shop", 0, None)]
+    knell("services", "remove", "shop", exit_code=2)
+    assert knell("services", "remove", "shop", "--yes", "--delete-queue")["queue_deleted"] is True
+    assert store.services() == []
+    knell("services", "remove", "shop", "--yes", exit_code=4)
+
+
+def test_services_add_says_what_the_account_may_do(knell: Knell) -> None:
+    """Adding a service says which permissions its account on the broker needs."""
+    assert knell("services", "add", "shop")["permissions"]
+
+
+def test_topology_apply_needs_no_policies_when_embedded(knell: Knell) -> None:
+    """On the embedded broker, applying the topology is all there is to do, and it can be repeated."""
+    knell("services", "add", "shop")
+    assert knell("topology", "apply", "--dry-run")["applied"] is False
+    for _ in range(2):
+        applied = knell("topology", "apply")
+        assert applied["applied"] is True
+        assert applied["services"] == ["shop"]
+        assert applied["policies"] == "not needed"
+
+
+# ---- revocations
+
+
+def test_revoke_is_recorded_and_its_status_told(knell: Knell, store: Store) -> None:
+    """A revocation is on the denylist and in the notice log; status says who has applied it."""
+    knell("services", "add", "shop")
+    revoked = knell(
+        "revoke", "subject", "alice", "--iss", ISS, "--reason", "left", "--issued-before", "2026-01-01T00:00:00Z"
+    )
+    assert revoked["recorded"] == "store"
+    assert revoked["published"] is True
+    assert revoked["services"]["shop"]["state"] == "waiting"
+    kept = store.revocation(revoked["id"])
+    assert kept is not None
+    assert (kept.value, kept.reason, kept.issued_before) == ("alice", "left", 1_767_225_600.0)
+    assert knell("status", revoked["id"], exit_code=1)["services"]["shop"] == {"state": "waiting", "at": None}
+    receipt = Receipt(batch_id=batch_id_of_revocation(revoked["id"]), at=store.time(), done=(0,))
+    store.receive([("shop", receipt)])
+    assert knell("status", revoked["id"])["services"]["shop"]["state"] == "done"
+
+
+def test_revoke_fails_when_a_service_does_not_answer_in_time(knell: Knell) -> None:
+    """A waited-for service that has not applied it in time is exit code 1; the revocation stands."""
+    knell("services", "add", "shop")
+    arguments = ("revoke", "session", "s1", "--iss", ISS, "--wait-for", "shop", "--timeout-seconds", "0.05")
+    revoked = knell(*arguments, exit_code=1)
+    assert revoked["created"] is True
+
+
+def test_revoke_waits_for_a_service(knell: Knell, store: Store) -> None:
+    """With --wait-for, the answer comes when the service has applied it, and says when that was."""
+    knell("services", "add", "shop")
+
+    def answer() -> None:
+        until(lambda: store.status("ticket-8") is not None, what="the revocation is recorded")
+        store.receive([("shop", Receipt(batch_id=batch_id_of_revocation("ticket-8"), at=store.time(), done=(0,)))])
+
+    shop = threading.Thread(target=answer)
+    shop.start()
+    arguments = ("revoke", "session", "s1", "--iss", ISS, "--idempotency-key", "ticket-8")
+    revoked = knell(*arguments, "--wait-for", "shop", "--timeout-seconds", "30")
+    shop.join()
+    assert revoked["services"]["shop"]["state"] == "done"
+    assert revoked["services"]["shop"]["at"] is not None
+
+
+def test_revoke_twice_under_one_key_is_one_revocation(knell: Knell) -> None:
+    """The idempotency key is the revocation's id."""
+    arguments = ("revoke", "session", "s1", "--iss", ISS, "--idempotency-key", "ticket-7")
+    assert knell(*arguments)["created"] is True
+    again = knell(*arguments)
+    assert (again["id"], again["created"]) == ("ticket-7", False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "said"),
+    [
+        (("session", "s", "--issued-before", "now"), 2, "is no time"),
+        (("session", "s", "--issued-before", "1"), 2, "has no issued_before"),
+        (("subject", "a", "--issued-before", "2026-01-01T00:00:00"), 2, "add Z, or an offset"),
+        (("subject", ""), 2, "'sub' is empty"),
+        (("session", "s", "--wait-for", "nobody"), 4, "no service 'nobody' is registered"),
+    ],
+)
+def test_revoke_refuses_what_cannot_be_recorded(
+    knell: Knell, arguments: tuple[str, ...], exit_code: int, said: str
+) -> None:
+    """What cannot be recorded is refused with a reason."""
+    result = knell.run("revoke", *arguments, "--iss", ISS)
+    assert result.exit_code == exit_code
+    assert said in result.stderr
+
+
+def test_status_of_an_unknown_revocation_exits_with_4(knell: Knell) -> None:
+    """There is nothing to tell of a revocation that nobody has made."""
+    result = knell.run("status", "nothing")
+    assert result.exit_code == 4
+    assert not result.stdout
+
+
+# ---- parked entries
+
+
+def test_parked_entries_are_listed_and_shown(knell: Knell, place: Settings, store: Store) -> None:
+    """Parked entries are listed in pages and shown with their notice."""
+    knell("services", "add", "shop")
+    park(place, store, 1, 2, 10)
+    ids = ["shop/e0-b.1", "shop/e0-b.2", "shop/e0-b.10"]
+    page = knell("parked", "list", "--limit", "2")
+    assert [each["id"] for each in page["parked"]] == sorted(ids)[:2]
+    assert page["more"] is True
+    rest = knell("parked", "list", "--service", "shop", "--after", page["parked"][-1]["id"])
+    assert [each["id"] for each in rest["parked"]] == sorted(ids)[2:]
+    shown = knell("parked", "show", "shop/e0-b.10")
+    assert (shown["notice"]["jti"], shown["attempts"]) == ("t10", 8)
+    knell("parked", "show", "shop/e0-b.3", exit_code=4)
+    knell("parked", "list", "--service", "nobody", exit_code=4)
+
+
+def test_parked_entries_of_one_batch_are_replayed_in_one_message(knell: Knell, place: Settings, store: Store) -> None:
+    """A replay publishes once for each batch, and takes what it sent off the list."""
+    knell("services", "add", "shop")
+    park(place, store, 0, 1, 2)
+    ids = ["shop/e0-b.0", "shop/e0-b.1", "shop/e0-b.2"]
+    replayed = knell("parked", "replay", *ids[:2])
+    assert (replayed["replayed"], replayed["messages"]) == (2, 1)
+    assert [each.id for each in store.parked()] == ids[2:]
+    assert knell("services", "list")["services"][0]["waiting"] == 1
+    assert knell("parked", "replay", "--service", "shop", "--all")["replayed"] == 1
+    assert store.parked() == []
+
+
+def test_what_is_no_notice_cannot_be_replayed(knell: Knell, place: Settings, store: Store) -> None:
+    """An entry that is no notice is refused by name, and left out of --all with exit code 1."""
+    knell("services", "add", "shop")
+    park(place, store, 0)
+    ids = ["shop/e0-b.0"]
+    store.park(
+        [Parked(id="shop/x-1", service="shop", queue="knell.service.shop", error="bad", at=1.0, body=b"\x1b[2J")]
+    )
+    refused = knell.run("parked", "replay", ids[0], "shop/x-1")
+    assert refused.exit_code == 2
+    assert "shop/x-1 cannot be replayed: it is no notice" in refused.stderr
+    assert len(store.parked()) == 2
+    assert "\x1b" not in knell.run("parked", "show", "shop/x-1").stdout
+    answer = knell("parked", "replay", "--service", "shop", "--all", exit_code=1)
+    assert answer["replayed"] == 1
+    assert list(answer["refused"]) == ["shop/x-1"]
+
+
+def test_a_notice_that_is_too_old_cannot_be_replayed(knell: Knell, place: Settings, store: Store) -> None:
+    """What a service would refuse for its age is not sent."""
+    knell("services", "add", "shop")
+    park(place, store, 0, expires_in=-1.0)
+    ids = ["shop/e0-b.0"]
+    result = knell.run("parked", "replay", *ids)
+    assert result.exit_code == 2
+    assert "expired" in result.stderr
+
+
+def test_parked_entries_are_dropped_only_when_that_is_meant(knell: Knell, place: Settings, store: Store) -> None:
+    """Dropping needs --yes where nobody can be asked."""
+    park(place, store, 0, 1)
+    ids = ["shop/e0-b.0", "shop/e0-b.1"]
+    knell("parked", "drop", *ids, exit_code=2)
+    knell("parked", "drop", *ids, "shop/none", "--yes", exit_code=4)
+    assert len(store.parked()) == 2
+    assert knell("parked", "drop", *ids, "--yes") == {"dropped": 2}
+
+
+# ---- keys
+
+
+def test_keys_new_makes_a_private_key_and_trusts_it(knell: Knell, tmp_path: Path, place: Settings) -> None:
+    """The private key is readable by its owner alone, and the trust list has its public half, as asked for."""
+    private, trust = tmp_path / "new" / "key.pem", tmp_path / "new" / "trust.json"
+    files = ("--private", str(private), "--trust", str(trust))
+    made = knell("keys", "new", *files, "--iss", ISS, "--cause", "revoked")
+    assert stat.S_IMODE(private.stat().st_mode) == 0o600
+    key = SigningKey.load(private.read_bytes(), algorithm="EdDSA")
+    assert made["kid"] == key.kid
+    jws = key.sign({"aud": place.audience, "iat": 1}, typ=NOTICE_TYPE)
+    _, trusted = TrustList.load(trust).verify(jws, typ=NOTICE_TYPE, audience=place.audience)
+    assert (trusted.issuers, trusted.causes) == (frozenset({ISS}), frozenset({Cause.REVOKED}))
+    assert [path.name for path in sorted(trust.parent.iterdir())] == ["key.pem", "trust.json"]
+
+
+def test_keys_new_never_overwrites(knell: Knell, tmp_path: Path) -> None:
+    """A private key that is there stays; with --if-missing that is no error, and it is trusted."""
+    private, trust = tmp_path / "key.pem", tmp_path / "trust.json"
+    files = ("--private", str(private), "--trust", str(trust))
+    kid = knell("keys", "new", *files)["kid"]
+    before = private.read_bytes()
+    assert knell.run("keys", "new", *files).exit_code == 2
+    trust.unlink()
+    again = knell("keys", "new", *files, "--if-missing")
+    assert (again["kid"], again["made"]) == (kid, False)
+    assert private.read_bytes() == before
+    assert [key["kid"] for key in json.loads(trust.read_text())["keys"]] == [kid]
+
+
+def test_keys_new_leaves_nothing_behind_when_the_trust_list_is_broken(knell: Knell, tmp_path: Path) -> None:
+    """A trust list that cannot be read is left as it is, and no private key stays."""
+    private, trust = tmp_path / "key.pem", tmp_path / "trust.json"
+    trust.write_text("nonsense")
+    result = knell.run("keys", "new", "--private", str(private), "--trust", str(trust))
+    assert result.exit_code == 2
+    assert "is no JWK Set" in result.stderr
+    assert trust.read_text() == "nonsense"
+    assert not private.exists()
+
+
+def test_keys_trust_adds_the_public_key_of_an_issuer(knell: Knell, tmp_path: Path) -> None:
+    """A public key, as a JWK or in PEM, joins those that are trusted already; a private one is refused."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    trust = tmp_path / "trust.json"
+    kid = knell("keys", "new", "--private", str(tmp_path / "key.pem"), "--trust", str(trust))["kid"]
+    jwk = tmp_path / "jwk.json"
+    other = SigningKey.generate()
+    jwk.write_text(json.dumps(other.public_jwk()))
+    arguments = ("keys", "trust", "--trust", str(trust), "--iss", ISS)
+    assert knell(*arguments, "--public", str(jwk))["causes"] == ["revoked", "undone"]
+    pem = tmp_path / "public.pem"
+    public = ec.generate_private_key(ec.SECP256R1()).public_key()
+    pem.write_bytes(public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo))
+    knell(*arguments, "--public", str(pem), exit_code=2)
+    named = knell(*arguments, "--public", str(pem), "--algorithm", "ES256", "--kid", "es-1")["kid"]
+    assert [key["kid"] for key in json.loads(trust.read_text())["keys"]] == [kid, other.kid, named]
+    knell(*arguments, "--public", str(tmp_path / "key.pem"), "--algorithm", "EdDSA", exit_code=2)
+
+
+# ---- doctor
+
+
+def checks(document: Any, start: str) -> list[bool]:
+    """Whether the checks that begin with `start` are OK."""
+    return [each["ok"] for each in document["checks"] if each["what"].startswith(start)]
+
+
+def test_doctor_is_content_with_a_sound_deployment(knell: Knell, store: Store) -> None:
+    """With a service registered and its queue declared, everything is OK."""
+    knell("services", "add", "shop")
+    knell("topology", "apply")
+    assert knell("doctor")["ok"] is True
+
+
+def test_doctor_names_what_is_wrong(knell: Knell, place: Settings, store: Store) -> None:
+    """No service, parked entries, missed notices, an open key file: each has a row with what to do, and exit code 1."""
+    found = knell("doctor", exit_code=1)
+    assert checks(found, "services: none") == [False]
+    knell("services", "add", "shop")
+    park(place, store, 0)
+    store.mark_missed("shop", store.time() - 60)
+    assert place.notice_key is not None
+    place.notice_key.chmod(0o644)
+    found = knell("doctor", exit_code=1)
+    assert checks(found, "parked: 1") == [False]
+    assert checks(found, "service shop: notices since") == [False]
+    assert checks(found, "notice key: everybody") == [False]
+    assert all(each["todo"] for each in found["checks"] if not each["ok"])
+
+
+def test_doctor_sees_a_service_without_a_queue(knell: Knell, store: Store) -> None:
+    """A service that is registered and has no queue is not told."""
+    knell("topology", "apply")
+    store.add_service("shop")
+    assert checks(knell("doctor", exit_code=1), "broker: queue knell.service.shop is missing") == [False]
+
+
+def test_doctor_sees_an_expiry_that_nobody_told(knell: Knell, store: Store) -> None:
+    """A second that stays overdue says that no notifier is at work."""
+    from knell.tokens import TokenRef
+
+    knell("services", "add", "shop")
+    store.track([TokenRef(iss=ISS, jti="t", exp=time.time() - 3600)])
+    assert checks(knell("doctor", exit_code=1), "expiries: one is overdue") == [False]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "row"),
+    [
+        ("KNELL_PARTITIONS", "many", "settings: "),
+        ("KNELL_STORE_URL", "redis://127.0.0.1:1/0", "store: "),
+        ("KNELL_BROKER_URL", "amqp://127.0.0.1:1//", "broker: "),
+    ],
+)
+def test_doctor_reports_what_cannot_be_reached(knell: Knell, variable: str, value: str, row: str) -> None:
+    """Wrong settings, a store or a broker that is away are rows too, never a traceback."""
+    assert False in checks(knell("doctor", exit_code=1, **{variable: value}), row)

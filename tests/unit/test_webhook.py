@@ -1,0 +1,169 @@
+"""The webhook handler, against a real HTTP server on the loopback interface."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from knell import GiveUp, InvalidSettings, Notice
+from knell.handlers.webhook import Webhook, WebhookFailed, webhook_id
+from knell.notices import Cause
+from knell.revocations import Scope
+from tests.servers import free_port
+
+KEY = bytes(range(32))
+SECRET = "whsec_" + base64.b64encode(KEY).decode()
+NOTICE = Notice(
+    batch_id="e0-0190",
+    n=3,
+    cause=Cause.REVOKED,
+    ends=frozenset({"token", "session"}),
+    scope=Scope.SESSION,
+    at=1_700_000_000.5,
+    iss="https://auth.example",
+    sid="s1",
+    sub="alice",
+    reason="stolen",
+)
+
+
+class Receiver:
+    """An endpoint that keeps what it gets and answers what it is told to."""
+
+    def __init__(self) -> None:
+        self.status = 204
+        self.got: list[tuple[dict[str, str], bytes]] = []
+        self.hold = threading.Event()
+        self.hold.set()
+        receiver = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["content-length"]))
+                receiver.got.append(({name.lower(): value for name, value in self.headers.items()}, body))
+                receiver.hold.wait(30)
+                self.send_response(receiver.status)
+                self.send_header("location", "http://127.0.0.1:1/")
+                self.send_header("content-length", "0")
+                self.end_headers()
+
+            def log_message(self, *args: Any) -> None:
+                return
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/hook?key=secret"
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    receiver = Receiver()
+    yield receiver
+    receiver.hold.set()
+    receiver.server.shutdown()
+    receiver.server.server_close()
+
+
+def post(hook: Webhook, notice: Notice = NOTICE) -> None:
+    async def run() -> None:
+        try:
+            await hook(notice)
+        finally:
+            await hook.close()
+
+    asyncio.run(run())
+
+
+def test_a_notice_is_posted_and_signed(receiver: Receiver) -> None:
+    """Id, timestamp and signature are those of the Standard Webhooks specification."""
+    post(Webhook(receiver.url, SECRET, clock=lambda: 1_700_000_009.9))
+    [(headers, body)] = receiver.got
+    assert headers["webhook-id"] == "e0-0190_3"
+    assert headers["webhook-timestamp"] == "1700000009"
+    signed = b"e0-0190_3.1700000009." + body
+    expected = base64.b64encode(hmac.new(KEY, signed, hashlib.sha256).digest()).decode()
+    assert headers["webhook-signature"] == f"v1,{expected}"
+    found = json.loads(body)
+    assert found["type"] == "session.ended"
+    assert found["timestamp"] == "2023-11-14T22:13:20.500Z"
+    assert found["data"]["sub"] == "alice"
+    assert found["data"]["cause"] == "revoked"
+    assert found["data"]["reason"] == "stolen"
+
+
+def test_two_secrets_sign_side_by_side(receiver: Receiver) -> None:
+    """While a secret is replaced, a receiver that knows either can check."""
+    other = "whsec_" + base64.b64encode(bytes(24)).decode()
+    post(Webhook(receiver.url, [other, SECRET]))
+    assert len(receiver.got[0][0]["webhook-signature"].split(" ")) == 2
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 410, 422])
+def test_a_request_that_is_not_wanted_is_given_up(receiver: Receiver, status: int) -> None:
+    """A 4xx says that another try would not change anything."""
+    receiver.status = status
+    with pytest.raises(GiveUp, match=str(status)):
+        post(Webhook(receiver.url, SECRET))
+
+
+@pytest.mark.parametrize("status", [302, 408, 429, 500, 503])
+def test_trouble_that_passes_is_tried_again(receiver: Receiver, status: int) -> None:
+    """The error is one that the service retries, and no redirect is followed."""
+    receiver.status = status
+    with pytest.raises(WebhookFailed) as caught:
+        post(Webhook(receiver.url, SECRET))
+    assert caught.value.status == status
+    assert len(receiver.got) == 1
+
+
+def test_nobody_there_is_tried_again_and_the_query_stays_secret() -> None:
+    """A refused connection is trouble that passes; the error names the host only."""
+    with pytest.raises(WebhookFailed) as caught:
+        post(Webhook(f"http://127.0.0.1:{free_port()}/hook?key=secret", SECRET))
+    assert "secret" not in str(caught.value)
+
+
+def test_an_endpoint_that_does_not_answer_is_left(receiver: Receiver) -> None:
+    """The time-out is for the whole exchange."""
+    receiver.hold.clear()
+    with pytest.raises(WebhookFailed, match="did not answer"):
+        post(Webhook(receiver.url, SECRET, timeout_seconds=0.2))
+
+
+def test_an_id_that_no_header_can_carry_is_replaced() -> None:
+    """An idempotency key may be any text; the header stays the same for the same notice."""
+    odd = Notice(batch_id="r-ключ 1", cause=Cause.REVOKED, ends=NOTICE.ends, scope=Scope.TOKEN, at=0, iss="i", jti="j")
+    assert webhook_id(odd) == webhook_id(odd)
+    assert webhook_id(odd).isalnum()
+
+
+@pytest.mark.parametrize(
+    "url", ["http://partner.example/h", "ftp://partner.example/", "partner.example", "https://", "http://[::1"]
+)
+def test_a_url_that_others_can_read_is_refused(url: str) -> None:
+    """Only https, except to this machine or where it is asked for."""
+    with pytest.raises(InvalidSettings):
+        Webhook(url, SECRET)
+
+
+def test_http_is_possible_where_it_is_asked_for() -> None:
+    """allow_http, and loopback addresses."""
+    Webhook("http://partner.example/h", SECRET, allow_http=True)
+    Webhook("http://localhost/h", SECRET)
+    Webhook("http://[::1]/h", SECRET)
+
+
+@pytest.mark.parametrize("secret", ["", "plain", "whsec_", "whsec_AAAA", "whsec_!!!!", []])
+def test_a_secret_that_is_too_short_or_no_secret_is_refused(secret: Any) -> None:
+    """24 to 64 bytes, and the text does not repeat it."""
+    with pytest.raises(InvalidSettings):
+        Webhook("https://partner.example/h", secret)
