@@ -25,11 +25,16 @@ ROOT = Path(__file__).parent.parent
 T = TypeVar("T")
 
 
-def until(condition: Callable[[], T], *, seconds: float = 30.0, what: str = "the condition") -> T:
-    """Wait until a condition holds, and return what it said; AssertionError after `seconds`."""
+def until(condition: Callable[[], T], *, seconds: float = 30.0, what: str | Callable[[], str] = "the condition") -> T:
+    """Wait until a condition holds, and return what it said; AssertionError after `seconds`.
+
+    `what` names it in the error; a function is asked then, and can say how far things have come.
+    """
     deadline = time.monotonic() + seconds
     while not (found := condition()):
-        assert time.monotonic() < deadline, f"{what} did not come true within {seconds} s; last: {found!r}"
+        if time.monotonic() > deadline:
+            named = what if isinstance(what, str) else what()
+            raise AssertionError(f"{named} did not come true within {seconds} s; last: {found!r}")
         time.sleep(0.02)
     return found
 
@@ -169,7 +174,9 @@ class Deployment:
         return until(
             lambda: found if len(found := self.records(**wanted)) >= count else None,
             seconds=seconds,
-            what=f"{count} records with {wanted} (there are {len(self.records(**wanted))}; logs in {self.directory})",
+            what=lambda: (
+                f"{count} records with {wanted} (there are {len(self.records(**wanted))}; logs in {self.directory})"
+            ),
         )
 
 

@@ -127,16 +127,7 @@ class Consumer(consumer.Consumer):
 
         def on_message(message: Message) -> None:
             queue = self.queue_of(message)
-            reason = refusal(
-                message.headers,
-                {
-                    **(message.properties or {}),
-                    "content_type": message.content_type,
-                    "content_encoding": message.content_encoding,
-                },
-                message.body or b"",
-                allowed=_allowed(self.app).get(queue, ()),
-            )
+            reason = self._refusal(message, queue)
             if reason is not None:
                 self.refuse(message, reason)
                 return
@@ -144,6 +135,19 @@ class Consumer(consumer.Consumer):
             dispatch(message)
 
         return on_message
+
+    def _refusal(self, message: Message, queue: str) -> str | None:
+        delivery = message.delivery_info or {}
+        if not topology.belongs(
+            queue, exchange=delivery.get("exchange") or "", routing_key=delivery.get("routing_key") or ""
+        ):
+            return "the message was sent under the key of another queue"
+        properties = {
+            **(message.properties or {}),
+            "content_type": message.content_type,
+            "content_encoding": message.content_encoding,
+        }
+        return refusal(message.headers, properties, message.body or b"", allowed=_allowed(self.app).get(queue, ()))
 
     def queue_of(self, message: Message) -> str:
         """The queue that a message was read from; "" if that cannot be told."""

@@ -16,16 +16,19 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import amqp
 import pytest
+from amqp.exceptions import AccessRefused
 from celery import Celery
 from celery.events.receiver import EventReceiver
 from kombu import Connection, Producer
+from kombu.transport.native_delayed_delivery import MAX_LEVEL, level_name
 
 from knell import Notice, Settings, messages, topology
 from knell.keys import NOTICE_TYPE, NOTIFIER, SigningKey
 from knell.messages import TERMINATE, Message
 from knell.notices import Cause, NoticeBatch, new_batch_id
-from knell.publisher import Publisher, connect, queue_depth
+from knell.publisher import Publisher, connect
 from knell.revocations import Scope
 from tests.deployment import ROOT, environ_of, make_keys, until
 from tests.servers import RabbitServer
@@ -252,10 +255,18 @@ def test_poisoned_messages_are_parked_and_the_workers_stay(site: Site) -> None:
         for name in SERVICES:
             until(lambda: site.calls(batch_id, name) == [0], what=f"{name} handles a good notice")  # noqa: B023
     dead = len(POISON) * len(SERVICES)
-    until(lambda: queue_depth(site.settings, topology.DEAD) == dead, what=f"{dead} dead messages")
+    found: list[tuple[str, bytes]] = []
+
+    def all_dead() -> bool:
+        for message in site.take(topology.DEAD):
+            body = message.body.encode() if isinstance(message.body, str) else message.body
+            found.append((message.headers["x-death"][0]["queue"], body[:40]))
+        return len(found) >= dead
+
+    until(all_dead, what=lambda: f"{dead} dead messages (there are {len(found)}: {sorted(found)})")
     assert [site.running(name) for name in SERVICES] == before
-    queues = Counter(message.headers["x-death"][0]["queue"] for message in site.take(topology.DEAD))
-    assert queues == {topology.service_queue(name): len(POISON) for name in SERVICES}
+    expected = Counter((topology.service_queue(name), body[:40]) for name in SERVICES for body, *_ in POISON)
+    assert Counter(found) == expected
 
 
 class Receiver(EventReceiver):
@@ -361,21 +372,52 @@ def test_a_service_that_is_not_registered_says_what_to_do(site: Site) -> None:
     assert "knell services add stranger" in site.log("stranger").read_text()
 
 
-def test_an_account_that_may_only_what_a_service_needs_is_enough(site: Site, rabbitmq_server: RabbitServer) -> None:
-    """With the permissions that the topology names, a worker starts, handles, retries through the ladder and parks."""
+@pytest.fixture(scope="module")
+def account_of_shop(site: Site, rabbitmq_server: RabbitServer) -> str:
+    """The broker's URL for an account that has the permissions of `shop`, as the topology names them."""
     granted = topology.permissions("shop")
-    url = rabbitmq_server.add_user(
-        site.settings.broker_url,
-        "shop",
-        "secret",
-        {"configure": granted.configure, "write": granted.write, "read": granted.read},
-    )
+    rights = {"configure": granted.configure, "write": granted.write, "read": granted.read}
+    url = rabbitmq_server.add_user(site.settings.broker_url, "shop", "secret", rights)
     vhost = url.rpartition("/")[2]
     for exchange, (write, read) in granted.topics.items():
         grant = {"exchange": exchange, "write": write, "read": read}
         rabbitmq_server.api("PUT", f"/api/topic-permissions/{vhost}/shop", grant)
+    return url
+
+
+@pytest.mark.parametrize("header", ["CC", "BCC"])
+@pytest.mark.parametrize("delayed", [False, True], ids=["at once", "delayed"])
+def test_a_key_in_a_header_does_not_reach_another_service(
+    site: Site, account_of_shop: str, header: str, delayed: bool
+) -> None:
+    """A broker that looks at the first key only delivers it; the other service's worker refuses it unread."""
+    site.take(topology.DEAD)
+    jws, batch_id = site.jws(["ok"])
+    made = messages.notice_to("shop", jws, shown="a copy")
+    delay = "0." * (MAX_LEVEL + 1) if delayed else ""
+    forged = amqp.Message(
+        made.body,
+        content_type="application/json",
+        content_encoding="utf-8",
+        application_headers={**made.headers, header: [delay + topology.retry_key("partner")]},
+    )
+    with Connection(account_of_shop) as connection:
+        channel: Any = connection.channel()
+        exchange = level_name(MAX_LEVEL) if delayed else topology.RETRY
+        try:
+            channel.basic_publish_confirm(forged, exchange, delay + topology.retry_key("shop"))
+        except AccessRefused:
+            return  # a newer broker looks at every key
+    [dead] = until(lambda: site.take(topology.DEAD), what="partner refuses it")
+    assert dead.headers["x-death"][0]["queue"] == topology.service_queue("partner")
+    until(lambda: site.calls(batch_id, "shop") == [0], what="shop handles its own")
+    assert site.calls(batch_id, "partner") == []
+
+
+def test_an_account_that_may_only_what_a_service_needs_is_enough(site: Site, account_of_shop: str) -> None:
+    """With the permissions that the topology names, a worker starts, handles, retries through the ladder and parks."""
     site.kill("shop", signal.SIGTERM)
-    site.start("shop", broker_url=url)
+    site.start("shop", broker_url=account_of_shop)
     batch_id = site.tell("ok", "fail@shop")
     answers = Answers(site)
     until(lambda: any(receipt["parked"] for receipt in answers.of("shop", batch_id)), seconds=40, what="the parking")

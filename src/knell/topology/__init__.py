@@ -23,7 +23,7 @@ from knell.topology.names import (
     service_queue,
 )
 from knell.topology.permissions import Permissions, permissions
-from knell.topology.plan import kombu_queue
+from knell.topology.plan import belongs, kombu_queue
 from knell.topology.policies import apply_policies, policy_command, vhost_of
 
 __all__ = [
@@ -58,5 +58,6 @@ __all__ = [
     "missing",
     # who may do what
     "Permissions",
+    "belongs",
     "permissions",
 ]  # fmt: skip

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from kombu import Exchange, Queue
+from kombu.transport.native_delayed_delivery import MAX_NUMBER_OF_BITS_TO_USE
 
 from knell.errors import InvalidInput
 from knell.settings import Rules, check_service_name
@@ -63,6 +65,7 @@ EXCHANGES = (
     # As Celery and Flower declare it; services, which send to it, may not.
     ExchangePlan(EVENTS, "topic"),
 )
+_DELAY = re.compile(rf"(?:[01]\.){{{MAX_NUMBER_OF_BITS_TO_USE}}}")
 _TYPES = {exchange.name: exchange.type for exchange in EXCHANGES}
 _LIMITED = QUORUM | {"x-delivery-limit": DELIVERY_LIMIT}
 _NOTIFIER = _LIMITED | {"x-dead-letter-exchange": DEAD}
@@ -87,6 +90,19 @@ def delayed(routing_key: str) -> tuple[str, str]:
     into nothing blocks the ladder for everybody. `#.` stands for the 28 words of the delay.
     """
     return (DELAYED, f"#.{routing_key}")
+
+
+def belongs(queue: str, *, exchange: str, routing_key: str) -> bool:
+    """Whether a message that was read from a queue was sent to it, by somebody who may.
+
+    A message may name further keys in its headers CC and BCC. Older brokers (RabbitMQ 3.10 among them) hold an
+    account to its topic permissions by the first key only, so that a service's account could write into the queues of
+    others. The first key is what the message shows here. Whoever may write to the exchanges that look at no key, the
+    fanout and the default exchange, is the notifier, an issuer or an operator.
+    """
+    service = service_of_queue(queue)
+    own = queue if service is None else retry_key(service)
+    return exchange in ("", NOTICES) or _DELAY.sub("", routing_key, count=1) == own
 
 
 def kombu_queue(name: str, *, rules: Rules | None = None) -> Queue:
