@@ -12,6 +12,7 @@ from knell import messages
 from knell.clock import StoreClock
 from knell.errors import Unavailable
 from knell.publisher import Publisher
+from knell.redaction import traceback_of
 from knell.settings import LONGEST_TIMER_SECONDS
 from knell.store import IMMEDIATE_SECONDS, Store
 
@@ -58,10 +59,16 @@ class Armer:
                 log.warning("arming_left_to_the_sweep", seconds=len(wanted), waiting=len(self._waiting))
                 return
             self._waiting |= wanted
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="knell-armer", daemon=True)
-                self._thread.start()
             self._changed.notify_all()
+            if self._thread is not None:
+                return
+            thread = threading.Thread(target=self._run, name="knell-armer", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # the system has no thread to give; the next call tries again
+                log.warning("arming_left_to_the_sweep", seconds=len(self._waiting), error=str(error))
+            else:
+                self._thread = thread
 
     def flush(self, timeout_seconds: float) -> bool:
         """Wait until nothing waits any more; False if that took longer."""
@@ -101,9 +108,9 @@ class Armer:
             self._store.armed(near)
         except (Unavailable, TimeoutError) as error:
             log.warning("arming_left_to_the_sweep", seconds=len(near), error=str(error))
-        except Exception:
+        except Exception as error:
             # Whatever it is, the thread has to go on: without it every timer of this process is left to the sweep.
-            log.exception("arming_left_to_the_sweep", seconds=len(near))
+            log.error("arming_left_to_the_sweep", seconds=len(near), traceback=traceback_of(error))
 
     def _eta(self, second: int, now: float) -> float | None:
         return None if second - now <= IMMEDIATE_SECONDS else self._clock.local(second)

@@ -14,6 +14,7 @@ import structlog
 
 from knell.denylist import Denylist
 from knell.errors import CursorLost, StoreUnavailable, Unavailable
+from knell.redaction import traceback_of
 from knell.store import Change, Cursor, Feed
 
 log = structlog.get_logger(__name__)
@@ -119,11 +120,16 @@ class Follower:
     # ---- following
 
     def start(self) -> None:
-        """Start the thread that follows the feed, unless this process has one, or `close` was called."""
+        """Start the thread that follows the feed, unless this process has one, or `close` was called.
+
+        Raises:
+            RuntimeError: the system has no thread to give. Call it again.
+        """
         with self._opening:
             if not self.started:
-                self._thread = threading.Thread(target=self._follow, name="knell-follower", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._follow, name="knell-follower", daemon=True)
+                thread.start()
+                self._thread = thread
 
     def wait_ready(self, timeout_seconds: float) -> bool:
         """Wait until the denylist is complete for the first time. False if it was not after `timeout_seconds`."""
@@ -156,7 +162,7 @@ class Follower:
     def _follow(self) -> None:
         closed = self._closed
         backoff = FIRST_BACKOFF_SECONDS
-        troubled = False
+        trouble: type[Exception] | None = None  # of its kind, one is said, and then that it is over
         while not closed.is_set():
             try:
                 self._read(wait_seconds=self._wait_seconds)
@@ -164,17 +170,18 @@ class Follower:
                 if closed.is_set():
                     return
                 # Whatever it is, the thread must live: a verifier without it would grow stale for good.
-                if not isinstance(error, Unavailable):
-                    log.exception("denylist_follower_failed")
-                elif not troubled:
-                    log.warning("denylist_out_of_contact", error=str(error))
-                troubled = True
+                if type(error) is not trouble:
+                    if isinstance(error, Unavailable):
+                        log.warning("denylist_out_of_contact", error=str(error))
+                    else:
+                        log.error("denylist_follower_failed", traceback=traceback_of(error))
+                trouble = type(error)
                 closed.wait(backoff * random.uniform(0.5, 1.0))  # noqa: S311 - spreads reconnects, keeps no secret
                 backoff = min(2 * backoff, LONGEST_BACKOFF_SECONDS)
                 continue
-            if troubled:
+            if trouble is not None:
                 log.info("denylist_in_contact")
-            troubled, backoff = False, FIRST_BACKOFF_SECONDS
+            trouble, backoff = None, FIRST_BACKOFF_SECONDS
 
     def _has(self, cursor: Cursor | None) -> bool:
         mine = self._cursor

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import jwt
 from cryptography.hazmat.primitives import serialization
 from jwt.algorithms import get_default_algorithms
 
 from knell.errors import InvalidInput
-from knell.keys import ALGORITHMS, SYMMETRIC, SigningKey, TrustList, thumbprint, trust_entry
+from knell.keys import ALGORITHMS, KEY_ERRORS, SYMMETRIC, SigningKey, TrustList, public_key, thumbprint, trust_entry
 from knell.notices import Cause
 
 PRIVATE_MODE = 0o600
@@ -94,9 +93,9 @@ def public_entry(
             public = serialization.load_pem_public_key(text.encode())
             named = get_default_algorithms()[algorithm].to_jwk(public, as_dict=True)
         bare = {name: value for name, value in named.items() if name not in ("key_ops", "kid", "alg", "use")}
-        jwt.PyJWK(bare, algorithm=algorithm)
+        public_key(bare, algorithm)
         kid = kid or named.get("kid") or thumbprint(bare)
-    except (ValueError, TypeError, KeyError, AttributeError, jwt.PyJWTError) as error:
+    except (KeyError, *KEY_ERRORS) as error:
         raise InvalidInput(f"not a public key for {algorithm}, in PEM or as a JWK: {error}") from None
     return bare | {
         "kid": kid,

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jwt
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from jwt.algorithms import get_default_algorithms
 
 from knell.errors import InvalidSettings, TokenInvalid
-from knell.keys import SYMMETRIC, SigningKey
+from knell.keys import KEY_ERRORS, SYMMETRIC, SigningKey
 
 # RFC 7518 names none "none"; PyJWT also knows ES521, which is no registered name.
 _KNOWN = {name: found for name, found in get_default_algorithms().items() if name not in ("none", "ES521")}
@@ -106,7 +105,7 @@ class KeyRing:
             try:
                 public = _public_half(_KNOWN[name].prepare_key(key))
                 problem = _KNOWN[name].check_key_length(public)
-            except (jwt.PyJWTError, TypeError, ValueError, AttributeError) as error:
+            except KEY_ERRORS as error:
                 problem = str(error)
             if problem:
                 reasons.append(f"{name}: {problem}")
@@ -138,7 +137,7 @@ def _public_key(raw: bytes, called: str) -> Any:
         if b"PRIVATE KEY-----" in raw:
             return serialization.load_pem_private_key(raw, password=None).public_key()
         return serialization.load_pem_public_key(raw)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
+    except KEY_ERRORS:
         raise InvalidSettings(f"{called} is no PEM public or private key without a passphrase") from None
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from uuid import uuid4
 
 import jwt
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from jwt.algorithms import get_default_algorithms
@@ -33,6 +34,8 @@ NOTIFIER = "knell-notifier"
 ANY_ISSUER = "*"
 SYMMETRIC = frozenset({"HS256", "HS384", "HS512"})
 ALGORITHMS = frozenset({"HS256", "RS256", "ES256", "EdDSA"})
+# What PyJWT and cryptography raise for a key that cannot be read, or is of another kind.
+KEY_ERRORS = (ValueError, TypeError, AttributeError, UnsupportedAlgorithm, jwt.PyJWTError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +103,7 @@ class SigningKey:
             prepared = get_default_algorithms()[algorithm].prepare_key(private)
             _check_length(algorithm, prepared)
             jwk = _as_jwk(algorithm, prepared.public_key())
-        except (ValueError, TypeError, AttributeError, jwt.InvalidKeyError) as error:
+        except KEY_ERRORS as error:
             raise InvalidSettings(f"the key is no PEM private key for {algorithm}: {error}") from None
         return cls(algorithm, prepared, kid or thumbprint(jwk))
 
@@ -215,7 +218,7 @@ class TrustList:
                 audience=audience,
                 options={"require": ["aud", "iat"], "verify_iat": False, "verify_exp": False, "verify_nbf": False},
             )
-        except jwt.InvalidTokenError as error:
+        except jwt.PyJWTError as error:
             raise MessageRefused(f"the signature or audience is wrong: {error}") from None
         return payload, trusted
 
@@ -287,19 +290,25 @@ def _trusted(entry: Mapping[str, Any], *, name: str) -> TrustedKey:
             raise InvalidSettings(f"{name}: key {kid!r} has alg {algorithm!r}; a trusted key is RS256, ES256 or EdDSA")
         if "d" in entry:
             raise InvalidSettings(f"{name}: key {kid!r} is a private key; list its public half")
-        public = jwt.PyJWK(dict(entry), algorithm=algorithm).key
-        _check_length(algorithm, public)
         return TrustedKey(
             kid=kid,
             algorithm=algorithm,
-            key=public,
+            key=public_key(entry, algorithm),
             issuers=frozenset(check_identifier("iss", iss) for iss in _list(entry["iss"])),
             causes=frozenset(Cause(cause) for cause in _list(entry["causes"])),
         )
     except InvalidSettings:
         raise
-    except (KeyError, TypeError, ValueError, jwt.PyJWTError) as error:
+    except (KeyError, *KEY_ERRORS) as error:
         raise InvalidSettings(f"{name} has a key that cannot be used: {error!r}") from None
+
+
+def public_key(jwk: Mapping[str, Any], algorithm: str) -> Any:
+    """The key of a public JWK, fit for that algorithm: its type, its curve, its length. One of KEY_ERRORS otherwise."""
+    # Reading it does not look at the curve: an ES256 signature would only fail, or surprise, when it is checked.
+    public = get_default_algorithms()[algorithm].prepare_key(jwt.PyJWK(dict(jwk), algorithm=algorithm).key)
+    _check_length(algorithm, public)
+    return public
 
 
 def _check_length(algorithm: str, key: Any) -> None:

@@ -101,7 +101,7 @@ def read_foreign(token: str, keys: Mapping[str, tuple[Any, str]]) -> dict[str, A
     checks: Any = {"verify_exp": False, "verify_nbf": False, "verify_iat": False, "verify_aud": False}
     try:
         claims: dict[str, Any] = jwt.decode(token, key, algorithms=[algorithm], options=checks)
-    except (jwt.InvalidTokenError, ValueError, TypeError) as error:
+    except (jwt.PyJWTError, ValueError, TypeError) as error:
         raise InvalidClaims(f"the token's signature does not verify: {error}") from None
     if "kid" in header:
         claims.setdefault("kid", header["kid"])

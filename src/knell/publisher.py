@@ -209,10 +209,15 @@ class Publisher:
                 text = f"{self.waiting} messages wait for the broker and the publisher holds {self._capacity}"
                 call.fail(BrokerUnavailable(text))
             else:
-                self._queue.extend(_Entry(call, message) for message in messages)
                 if self._thread is None:
-                    self._thread = threading.Thread(target=self._run, name="knell-publisher", daemon=True)
-                    self._thread.start()
+                    thread = threading.Thread(target=self._run, name="knell-publisher", daemon=True)
+                    try:
+                        thread.start()
+                    except RuntimeError as error:  # the system has no thread to give; the next call tries again
+                        call.fail(BrokerUnavailable(f"nothing can be published: {error}"))
+                        return
+                    self._thread = thread
+                self._queue.extend(_Entry(call, message) for message in messages)
                 self._changed.notify()
 
     # ---- the thread's side

@@ -21,7 +21,7 @@ from knell.connection import BROKER_ERRORS, connect, leave_compressed
 from knell.errors import KnellError, MessageRefused, Unavailable
 from knell.keys import NOTICE_TYPE, TrustList
 from knell.notices import NoticeBatch, Receipt, entry_numbers
-from knell.redaction import bytes_without_tokens
+from knell.redaction import bytes_without_tokens, traceback_of
 from knell.settings import Settings, check_service_name
 from knell.store import Parked, Store
 from knell.wire import MAX_BODY_BYTES
@@ -83,7 +83,7 @@ class ReceiptsConsumer:
                 if isinstance(error, (Unavailable, *BROKER_ERRORS)):
                     log.warning("receipts_wait", error=in_one_line(str(error)), pause_seconds=pause)
                 else:
-                    log.exception("receipts_failed", pause_seconds=pause)
+                    log.error("receipts_failed", pause_seconds=pause, traceback=traceback_of(error))
                 self._stopping.wait(pause)
                 pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 

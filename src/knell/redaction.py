@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import traceback
 
 STRUCK = "[token]"
 
@@ -17,6 +18,15 @@ _IN_BYTES = re.compile(_JWS.encode())
 def without_tokens(text: str) -> str:
     """A text with every JWT, and every half of one that can be told, replaced by "[token]"."""
     return _IN_TEXT.sub(STRUCK, text)
+
+
+def traceback_of(error: BaseException) -> str:
+    """Where an error came from, for a log: no variables, which hold tokens, keys and passwords, and no token.
+
+    A log that is left to structlog's defaults shows the variables of every frame once it is given the error itself, and
+    in an application's process nobody but the application sets that up.
+    """
+    return without_tokens("".join(traceback.format_exception(error)))
 
 
 def bytes_without_tokens(body: bytes) -> bytes:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
+import structlog
+
 from knell.decoding import Decoder
 from knell.errors import DenylistStale, InvalidSettings, TokenExpired, TokenInvalid, TokenRevoked
 from knell.follower import Follower
@@ -18,6 +20,8 @@ from knell.tokens import TokenRef
 from knell.watches import TokenEnd, Watch, Watches, ends_at
 
 __all__ = ["AVAILABLE", "STRICT", "Policy", "TokenEnd", "Verifier", "Watch"]
+
+log = structlog.get_logger(__name__)
 
 # How long after the start in a process `verify` may wait for the first snapshot. It mostly takes a few milliseconds;
 # without the wait the first requests of every process would be refused.
@@ -152,10 +156,12 @@ class Verifier:
             raise TokenExpired("the token has expired" if ref.exp <= now else "the token's session has expired")
         if nbf is not None and nbf > now + self._leeway_seconds:
             raise TokenInvalid(f"the token is valid only in {nbf - now:.0f} s (nbf)")
-        # The most skew that any process may forgive: what is issued later than that was not issued in good order, and
+        # The most skew that any process may forgive: what begins later than that was not issued in good order, and
         # would escape the cut-off of a revocation that is yet to come.
         if ref.iat is not None and ref.iat > now + self._rules.leeway_seconds:
             raise TokenInvalid(f"the token was issued {ref.iat - now:.0f} s in the future (iat); check the clocks")
+        if ref.auth_time is not None and ref.auth_time > now + self._rules.leeway_seconds:
+            raise TokenInvalid(f"its session begins {ref.auth_time - now:.0f} s in the future (auth_time)")
         if ref.exp > now + self._rules.max_token_seconds + self._rules.leeway_seconds:
             raise TokenInvalid(f"the token's exp is more than {self._rules.max_token_seconds:.0f} s off, the maximum")
         if not self._follower.ready:
@@ -166,7 +172,12 @@ class Verifier:
         self._check_age()
 
     def _wait_at_start(self) -> None:
-        self.start()
+        try:
+            self.start()
+        except RuntimeError as error:
+            # The system has no thread to give. The policy decides about this token; the next one tries again.
+            log.error("denylist_not_followed", error=str(error))
+            return
         left = self._started_at + self._start_wait_seconds - self._monotonic()
         if left > 0:
             self._follower.wait_ready(left)
@@ -176,7 +187,8 @@ class Verifier:
         age = stale
         if math.isinf(stale) and not self.policy.needs_snapshot:
             age = self._monotonic() - self._started_at
-        if age > self.policy.refuse_after_seconds:
+        # "Not within" instead of "above": of a policy without a limit, no denylist at all is still too old.
+        if math.isinf(age) or age > self.policy.refuse_after_seconds:
             raise DenylistStale(stale, self.policy.refuse_after_seconds)
 
     # ---- watching
@@ -219,10 +231,19 @@ class Verifier:
         return self._follower.alarms
 
     def start(self) -> None:
-        """Begin to follow the denylist in this process, and return at once. Calling again is without effect."""
-        if not self._follower.started:
-            self._started_at = self._monotonic()
+        """Begin to follow the denylist in this process, and return at once. Calling again is without effect.
+
+        Raises:
+            RuntimeError: the system has no thread to give. Call it again.
+        """
+        if self._follower.started:
+            return
+        before, self._started_at = self._started_at, self._monotonic()
+        try:
             self._follower.start()
+        except RuntimeError:
+            self._started_at = before  # what fails again and again must not look young for ever
+            raise
 
     def wait_ready(self, timeout_seconds: float) -> bool:
         """Wait until the denylist is there. False if it was not after `timeout_seconds`."""

@@ -16,6 +16,7 @@ from typing import Literal, Self
 import structlog
 
 from knell.denylist import Denylist
+from knell.redaction import traceback_of
 from knell.revocations import Revocation, Scope
 from knell.store import Change
 from knell.tokens import TokenRef
@@ -171,8 +172,9 @@ class Watches:
 
     def _start(self) -> None:
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="knell-watches", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="knell-watches", daemon=True)
+            thread.start()  # may fail, and is then tried again with the next watch
+            self._thread = thread
 
     def _end(self, watch: Watch, end: TokenEnd) -> None:
         if self._forget(watch):
@@ -250,8 +252,14 @@ class Watches:
                 continue
             try:
                 on_end(end)
-            except Exception:
-                log.exception("watch_callback_failed", iss=watch.token.iss, jti=watch.token.jti)
+            except BaseException as error:
+                # SystemExit as well: in this thread it would end nothing but every other watch of the process.
+                log.error(
+                    "watch_callback_failed",
+                    iss=watch.token.iss,
+                    jti=watch.token.jti,
+                    traceback=traceback_of(error),
+                )
 
 
 def ends_at(token: TokenRef, leeway_seconds: float) -> float:

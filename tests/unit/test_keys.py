@@ -13,8 +13,10 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from hypothesis import given
 from hypothesis import strategies as st
+from jwt.algorithms import get_default_algorithms
 
-from knell.errors import InvalidSettings, MessageRefused
+from knell.errors import InvalidInput, InvalidSettings, MessageRefused
+from knell.keyfiles import public_entry
 from knell.keys import (
     ANY_ISSUER,
     COMMAND_TYPE,
@@ -87,6 +89,18 @@ def test_keys_that_cannot_be_used(key: bytes, algorithm: str, said: str) -> None
     with pytest.raises(InvalidSettings) as caught:
         SigningKey.load(key, algorithm=algorithm)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("curve", [ec.SECP384R1(), ec.SECP256K1()], ids=lambda curve: curve.name)
+def test_a_key_on_another_curve_is_not_trusted(curve: ec.EllipticCurve) -> None:
+    """ES256 is P-256: another curve is refused when the list is read, and by the command that would add it."""
+    public = ec.generate_private_key(curve).public_key()
+    jwk = get_default_algorithms()["ES256"].to_jwk(public, as_dict=True)
+    with pytest.raises(InvalidSettings, match="cannot be used"):
+        trust({**jwk, "kid": "k", "alg": "ES256", "iss": [ISS], "causes": ["revoked"]})
+    text = public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo).decode()
+    with pytest.raises(InvalidInput, match="ES256"):
+        public_entry(text, algorithm="ES256", kid=None, issuers=[ISS], causes=[Cause.REVOKED])
 
 
 def test_a_public_key_is_no_signing_key() -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
@@ -33,6 +34,8 @@ from knell.revocations import Revocation, Scope, make_revocation
 from knell.settings import Rules
 from knell.worker import shown
 from tests.commandline import Knell
+from tests.unit.memory_feed import MemoryFeed
+from tests.unit.tokens_for_tests import verifier
 
 MINE, THEIRS = "https://mine.example", "https://theirs.example"
 TOKEN = SigningKey.generate().sign({"iss": MINE, "sub": "alice", "jti": "j"}, typ="JWT")
@@ -248,6 +251,28 @@ async def _post(webhook: Webhook) -> None:
     notice = Notice(batch_id="r-1", cause=Cause.REVOKED, ends=BOTH, scope=Scope.SESSION, at=1.0, iss=MINE, sid="s")
     await webhook(notice)
     await webhook.close()
+
+
+def test_what_a_library_logs_by_itself_shows_no_variable(capsys: pytest.CaptureFixture[str]) -> None:
+    """In an application that sets up no logging, structlog's own defaults write down what a thread of Knell says."""
+    structlog.reset_defaults()
+    feed = MemoryFeed(clock=time.time)
+    with verifier(feed, clock=time.time) as one:
+        assert one.wait_ready(20)
+
+        def fail(end: object) -> None:
+            password = "hunter2"  # a variable of the frame that fails
+            raise ValueError(f"{len(password)} characters for {TOKEN}")
+
+        one.watch({"iss": MINE, "jti": "j", "exp": time.time() + 0.05}, fail)
+        told = threading.Event()
+        one.watch({"iss": MINE, "jti": "k", "exp": time.time() + 0.1}, lambda end: told.set())
+        assert told.wait(20)
+    said = "".join(capsys.readouterr())
+    assert "watch_callback_failed" in said
+    assert "characters for [token]" in said
+    assert "hunter2" not in said.replace('password = "hunter2"', "")
+    assert TOKEN not in said
 
 
 def test_the_log_has_no_webhook_url(logged: Callable[..., io.StringIO]) -> None:

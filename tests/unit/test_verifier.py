@@ -294,6 +294,7 @@ def test_a_small_rsa_key_is_refused() -> None:
         {"aud": [AUD, 5]},
         {"session_exp": "x"},
         {"auth_time": False},
+        {"auth_time": NOW + 3600},
     ],
 )
 def test_wrong_claims_are_refused(make: Callable[..., Verifier], changes: dict[str, Any]) -> None:
@@ -483,6 +484,32 @@ def test_available_still_refuses_what_it_knows(feed: MemoryFeed) -> None:
         feed.down = True
         with pytest.raises(TokenRevoked):
             one.verify(mint())
+
+
+def test_a_policy_of_any_age_still_needs_a_first_denylist(feed: MemoryFeed) -> None:
+    """A denylist that may be as old as it likes is not one that was never there."""
+    feed.down = True
+    with verifier(feed, policy=Policy("mine", math.inf), start_wait_seconds=0) as one:
+        assert isinstance(_refusal(one, mint()), DenylistStale)
+        feed.down = False
+        assert one.wait_ready(20)
+        assert one.verify(mint())
+
+
+def test_a_thread_that_cannot_be_started_is_tried_again(feed: MemoryFeed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a thread the policy decides; the next token starts it, and revocations are then seen."""
+    feed.revoke(revocation("token", "j1", now=NOW))
+    with verifier(feed) as one:
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", _no_thread)
+            assert isinstance(_refusal(one, mint()), DenylistStale)
+            with pytest.raises(RuntimeError):
+                one.watch(claims(), print)
+        assert isinstance(_refusal(one, mint()), TokenRevoked)
+
+
+def _no_thread(thread: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
 
 
 def test_a_policy_without_a_limit_is_refused() -> None:

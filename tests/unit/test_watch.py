@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -155,6 +156,15 @@ def test_an_error_in_a_callback_does_not_hurt_the_others(make: Callable[..., Ver
     one.watch(_live(), fail)
     one.watch(_live(), ends.put)
     feed.revoke(_revocation("session", "s1"))
+    assert ends.get(timeout=20).cause == "revoked"
+
+
+def test_a_callback_that_wants_to_exit_ends_no_other_watch(make: Callable[..., Verifier], feed: MemoryFeed) -> None:
+    """sys.exit in a callback would end the thread of all watches: it is an error like any other."""
+    one, ends = make(), Ends()
+    one.watch(_live(jti="first"), lambda end: sys.exit(1))
+    one.watch(_live(jti="second"), ends.put)
+    feed.revoke(_revocation("token", "first"), _revocation("token", "second"))
     assert ends.get(timeout=20).cause == "revoked"
 
 
