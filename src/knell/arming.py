@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Iterable
 
 import structlog
@@ -37,10 +38,10 @@ class Armer:
         self._store = store
         self._publisher = publisher
         self._clock = clock
-        self._start()
+        self._begin()
+        _armers.add(self)
 
-    def _start(self) -> None:
-        self._pid = os.getpid()
+    def _begin(self) -> None:
         self._waiting: set[int] = set()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -52,8 +53,6 @@ class Armer:
         wanted = set(seconds)
         if not wanted:
             return
-        if self._pid != os.getpid():
-            self._start()
         with self._changed:
             if len(self._waiting) + len(wanted) > CAPACITY:
                 log.warning("arming_left_to_the_sweep", seconds=len(wanted), waiting=len(self._waiting))
@@ -77,7 +76,7 @@ class Armer:
 
     def close(self, timeout_seconds: float = 5.0) -> None:
         """Publish what waits, for at most so long, and stop."""
-        if self._pid != os.getpid() or self._thread is None:
+        if self._thread is None:
             return
         self.flush(timeout_seconds)
         with self._changed:
@@ -114,3 +113,15 @@ class Armer:
 
     def _eta(self, second: int, now: float) -> float | None:
         return None if second - now <= IMMEDIATE_SECONDS else self._clock.local(second)
+
+
+_armers: weakref.WeakSet[Armer] = weakref.WeakSet()
+
+
+def _begin_anew_in_child() -> None:
+    # The thread, and what waits for it, stayed in the parent.
+    for armer in list(_armers):
+        armer._begin()
+
+
+os.register_at_fork(after_in_child=_begin_anew_in_child)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Self, TypeVar
 
-from knell.issuer import Issued, Issuer, Revoked, Tracking
+from knell.errors import Unavailable
+from knell.issuer import Issued, Issuer, Revoked, Tracking, pauses
 from knell.store import ServiceStatus
 from knell.tokens import TokenRef
+
+# With every thread waiting for a store or a broker that is away, a call that has not begun by then would wait as well.
+BEGIN_SECONDS = 2.0
 
 T = TypeVar("T")
 
@@ -18,12 +24,14 @@ T = TypeVar("T")
 class AsyncIssuer:
     """An Issuer whose methods are awaited. They run in a bounded pool of threads, so that no event loop is held up.
 
-    Takes what Issuer takes, and `threads`: how many calls run at once, default 16.
+    Takes what Issuer takes, and `threads`: how many calls run at once, default 16. A call that finds no free thread
+    within 2 s raises Unavailable, and has done nothing. A `wait_for` holds no thread while it waits.
     """
 
     def __init__(self, *args: Any, threads: int = 16, **options: Any) -> None:
         self._issuer = Issuer(*args, **options)
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="knell-issuer")
+        self._threads = threads
+        self._pools: dict[int, ThreadPoolExecutor] = {}
         self.iss = self._issuer.iss
 
     async def issue(self, claims: Mapping[str, Any], **options: Any) -> Issued:
@@ -42,9 +50,25 @@ class AsyncIssuer:
         """See Issuer.track_many."""
         return await self._run(partial(self._issuer.track_many, tokens))
 
-    async def revoke(self, scope: str, match: Mapping[str, str], **options: Any) -> Revoked:
+    async def revoke(
+        self,
+        scope: str,
+        match: Mapping[str, str],
+        *,
+        wait_for: Sequence[str] = (),
+        timeout_seconds: float = 5.0,
+        **options: Any,
+    ) -> Revoked:
         """See Issuer.revoke."""
-        return await self._run(partial(self._issuer.revoke, scope, match, **options))
+        revoked = await self._run(partial(self._issuer._record, scope, match, wait_for=wait_for, **options))
+        deadline = time.monotonic() + timeout_seconds
+        for pause in pauses():
+            left = deadline - time.monotonic()
+            if left <= 0 or not revoked.pending(wait_for):
+                break
+            await asyncio.sleep(min(pause, left))
+            revoked = await self._run(partial(self._issuer._look, revoked))
+        return revoked
 
     async def status(self, revocation_id: str) -> Mapping[str, ServiceStatus] | None:
         """See Issuer.status."""
@@ -53,7 +77,7 @@ class AsyncIssuer:
     async def close(self, timeout_seconds: float = 5.0) -> None:
         """See Issuer.close."""
         await self._run(partial(self._issuer.close, timeout_seconds))
-        self._pool.shutdown(wait=False)
+        self._pool().shutdown(wait=False)
 
     async def __aenter__(self) -> Self:
         return self
@@ -62,4 +86,20 @@ class AsyncIssuer:
         await self.close()
 
     async def _run(self, call: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, call)
+        future = self._pool().submit(call)
+        running = asyncio.wrap_future(future)
+        try:
+            await asyncio.wait([running], timeout=BEGIN_SECONDS)
+            if not running.done() and future.cancel():  # only one that has not begun can be
+                raise Unavailable(f"all {self._threads} threads of this issuer have been busy for {BEGIN_SECONDS:g} s")
+            return await running
+        except asyncio.CancelledError:
+            future.cancel()
+            raise
+
+    def _pool(self) -> ThreadPoolExecutor:
+        # One for each process: after a fork the threads are the parent's, and the pool does not know.
+        if (pool := self._pools.get(os.getpid())) is None:
+            pool = ThreadPoolExecutor(self._threads, thread_name_prefix="knell-issuer")
+            self._pools[os.getpid()] = pool
+        return pool

@@ -31,12 +31,16 @@ class StoreClock:
 
     def now(self) -> float:
         """The store's time, Unix seconds. Asks it at first, then once a minute; one that is away is no error."""
-        local = self._clock()
+        return self.read()[0]
+
+    def read(self) -> tuple[float, StoreUnavailable | None]:
+        """The same, and the error of the store if it was asked and did not answer: do not wait for it again."""
+        local, away = self._clock(), None
         every = MEASURE_EVERY_SECONDS if self._measured else FIRST_MEASURE_SECONDS
         if self._asked_at is None or not 0 <= local - self._asked_at < every:
             self._asked_at = local
-            self._measure()
-        return self._clock() + self._offset
+            away = self._measure()
+        return self._clock() + self._offset, away
 
     def local(self, store_time: float) -> float:
         """A time of the store by this process's own clock."""
@@ -47,11 +51,12 @@ class StoreClock:
         """The store's clock less this process's own, as measured last; 0 before that."""
         return self._offset
 
-    def _measure(self) -> None:
+    def _measure(self) -> StoreUnavailable | None:
         before = self._clock()
         try:
             told = self._store.time()
-        except StoreUnavailable:
-            return  # the last offset stays good: it changes slowly, and due times are checked by the store itself
+        except StoreUnavailable as error:
+            return error  # the last offset stays good: it changes slowly, and due times are checked by the store itself
         self._offset = told - (before + self._clock()) / 2
         self._measured = True
+        return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self
 
@@ -96,6 +96,11 @@ class Revoked:
         """The revocation's id: `knell status` asks by it."""
         return self.revocation.id
 
+    def pending(self, services: Iterable[str]) -> list[str]:
+        """Which of these services have not answered yet: neither done nor parked."""
+        states = {name: self.services[name].state for name in services if name in self.services}
+        return [name for name, state in states.items() if state in ("waiting", "retrying")]
+
 
 class Issuer:
     """Mints, tracks, refreshes and revokes. Thread-safe, and safe to use after a fork.
@@ -177,8 +182,9 @@ class Issuer:
             SessionRevoked: the session, or the subject since before auth_time, is revoked.
             Unavailable: store and broker are both away (see `when_unavailable`).
         """
-        made = new_claims(claims, iss=self.iss, now=self._clock.now(), ttl_seconds=ttl_seconds, rules=self._rules)
-        return self._mint(made, headers)
+        now, away = self._clock.read()
+        made = new_claims(claims, iss=self.iss, now=now, ttl_seconds=ttl_seconds, rules=self._rules)
+        return self._mint(made, headers, away=away)
 
     def refresh(
         self,
@@ -202,15 +208,9 @@ class Issuer:
             SessionRevoked, Unavailable: as `issue`. While the store is away, an ended session is not noticed.
         """
         old = self._read(token) if isinstance(token, str) else dict(token)
-        made = refreshed_claims(
-            old,
-            claims,
-            iss=self.iss,
-            now=self._clock.now(),
-            ttl_seconds=ttl_seconds,
-            rules=self._rules,
-        )
-        return self._mint(made, headers, continuing=True, reopen=reopen)
+        now, away = self._clock.read()
+        made = refreshed_claims(old, claims, iss=self.iss, now=now, ttl_seconds=ttl_seconds, rules=self._rules)
+        return self._mint(made, headers, away=away, continuing=True, reopen=reopen)
 
     def track(self, token: str | Mapping[str, Any] | TokenRef) -> Tracking:
         """Track a token that somebody else minted.
@@ -238,12 +238,8 @@ class Issuer:
             InvalidClaims: one of them cannot be tracked; none was.
             Unavailable: as `track`; those before it in the list may be tracked, repeating the call is harmless.
         """
-        now = self._clock.now()
-        refs = [self._foreign_ref(token, now) for token in tokens]
-        found: list[Tracking] = []
-        for start in range(0, len(refs), PAGE):
-            found += self._track(refs[start : start + PAGE])
-        return found
+        now, away = self._clock.read()
+        return self._track([self._foreign_ref(token, now) for token in tokens], away=away)
 
     # ---- revocations
 
@@ -283,11 +279,46 @@ class Issuer:
             UnknownService: `wait_for` names a service that is not registered; nothing was changed.
             Unavailable: nothing was recorded.
         """
+        revoked = self._record(
+            scope,
+            match,
+            reason=reason,
+            initiating_entity=initiating_entity,
+            issued_before=issued_before,
+            exp=exp,
+            iss=iss,
+            idempotency_key=idempotency_key,
+            wait_for=wait_for,
+        )
+        deadline = time.monotonic() + timeout_seconds
+        for pause in pauses():
+            left = deadline - time.monotonic()
+            if left <= 0 or not revoked.pending(wait_for):
+                break
+            time.sleep(min(pause, left))
+            revoked = self._look(revoked)
+        return revoked
+
+    def _record(
+        self,
+        scope: str,
+        match: Mapping[str, str],
+        *,
+        reason: str | None = None,
+        initiating_entity: str = "admin",
+        issued_before: float | None = None,
+        exp: float | None = None,
+        iss: str | None = None,
+        idempotency_key: str | None = None,
+        wait_for: Sequence[str] = (),
+    ) -> Revoked:
+        """`revoke`, up to where it would begin to wait for services; those of `wait_for` are only checked."""
+        now, away = self._clock.read()
         revocation = make_revocation(
             scope,
             match,
             iss=self.iss if iss is None else iss,
-            now=self._clock.now(),
+            now=now,
             rules=self._rules,
             id=idempotency_key,
             exp=exp,
@@ -297,12 +328,21 @@ class Issuer:
             initiating_entity=initiating_entity,
         )
         _ = self._signer  # without a key to sign the notice nothing may be changed
-        self._check_services(wait_for)
+        if away is not None:
+            return self._queue_revocation(revocation, away)
         try:
-            revoked = self._revoke(revocation)
+            self._check_services(wait_for)
+            return self._revoke(revocation)
         except StoreUnavailable as error:
             return self._queue_revocation(revocation, error)
-        return self._follow(revoked, wait_for, timeout_seconds)
+
+    def _look(self, revoked: Revoked) -> Revoked:
+        """The same revocation, with how far each service is by now; as it was, if the store does not answer."""
+        try:
+            return replace(revoked, services=self._store.status(revoked.id) or revoked.services)
+        except StoreUnavailable as error:
+            log.warning("status_unknown", revocation_id=revoked.id, error=str(error))
+            return revoked
 
     def status(self, revocation_id: str) -> Mapping[str, ServiceStatus] | None:
         """Who has applied a revocation, and who has not; None if it is unknown, or its record has gone."""
@@ -333,6 +373,7 @@ class Issuer:
         claims: dict[str, Any],
         headers: Mapping[str, Any] | None,
         *,
+        away: StoreUnavailable | None,
         continuing: bool = False,
         reopen: bool = False,
     ) -> Issued:
@@ -346,7 +387,7 @@ class Issuer:
             token = jwt.encode(claims, key.key, algorithm=key.algorithm, headers={**(headers or {}), "kid": key.kid})
         except (TypeError, ValueError) as error:
             raise InvalidClaims(f"the claims cannot be written as JSON: {error}") from None
-        tracking = self._track([ref], continuing=continuing, reopen=reopen)[0]
+        tracking = self._track([ref], away=away, continuing=continuing, reopen=reopen)[0]
         if tracking.refused is not None:
             raise tracking.refused
         assert tracking.recorded is not None
@@ -365,14 +406,28 @@ class Issuer:
             claims = token
         return merged_claims(claims, now=now, rules=self._rules)
 
-    def _track(self, refs: Sequence[TokenRef], *, continuing: bool = False, reopen: bool = False) -> list[Tracking]:
-        try:
-            tracked = self._store.track(refs, continuing=continuing, reopen=reopen)
-        except StoreUnavailable as error:
-            recorded = self._queue_tracking(refs, error)
-            return [Tracking(ref, recorded) for ref in refs]
-        self._armer.arm(second for each in tracked for second in each.must_arm)
-        return [self._tracking(each) for each in tracked]
+    def _track(
+        self,
+        refs: Sequence[TokenRef],
+        *,
+        away: StoreUnavailable | None,
+        continuing: bool = False,
+        reopen: bool = False,
+    ) -> list[Tracking]:
+        """Track in pages. A store that does not answer is waited for once: all that is left is queued together."""
+        found: list[Tracking] = []
+        while away is None and len(found) < len(refs):
+            try:
+                tracked = self._store.track(refs[len(found) :][:PAGE], continuing=continuing, reopen=reopen)
+            except StoreUnavailable as error:
+                away = error
+            else:
+                self._armer.arm(second for each in tracked for second in each.must_arm)
+                found += [self._tracking(each) for each in tracked]
+        if away is not None and (left := refs[len(found) :]):
+            recorded = self._queue_tracking(left, away)
+            found += [Tracking(ref, recorded) for ref in left]
+        return found
 
     def _tracking(self, tracked: Tracked) -> Tracking:
         if tracked.session_ended:
@@ -397,7 +452,8 @@ class Issuer:
         if not recorded.created:
             revocation = first_of_that_id(self._store, revocation)
         published = recorded.created and self._publish([messages.notice(jws, shown=describe([notice]))])
-        if recorded.created and not published:
+        if not published:
+            # Of one that was recorded before as well: whoever did may have been killed before it was sent.
             self._send_soon(notice.batch_id)
         waiting = {name: ServiceStatus("waiting", None) for name in recorded.services}
         return Revoked(revocation, "store", published, recorded.created, waiting)
@@ -436,34 +492,12 @@ class Issuer:
     def _check_services(self, wait_for: Sequence[str]) -> None:
         if not wait_for:
             return
-        try:
-            known = {service.name for service in self._store.services()}
-        except StoreUnavailable:
-            return  # the revocation is then queued, and nothing is waited for
+        known = {service.name for service in self._store.services()}
         if unknown := sorted(set(wait_for) - known):
             raise UnknownService(
                 f"no service {unknown[0]!r} is registered (known: {', '.join(sorted(known)) or 'none'}); "
                 f"register it with `knell services add {unknown[0]}`"
             )
-
-    def _follow(self, revoked: Revoked, wait_for: Sequence[str], timeout_seconds: float) -> Revoked:
-        deadline = time.monotonic() + timeout_seconds
-        pause = 0.005
-        services = revoked.services
-        while wait_for:
-            try:
-                services = self._store.status(revoked.id) or services
-            except StoreUnavailable as error:
-                log.warning("status_unknown", revocation_id=revoked.id, error=str(error))
-            pending = [
-                name for name in wait_for if name in services and services[name].state in ("waiting", "retrying")
-            ]
-            left = deadline - time.monotonic()
-            if not pending or left <= 0:
-                break
-            time.sleep(min(pause, left))
-            pause = min(pause * 1.5, 0.1)
-        return Revoked(revoked.revocation, revoked.recorded, revoked.published, revoked.created, services)
 
     def _queue_tracking(self, refs: Sequence[TokenRef], error: StoreUnavailable) -> Recorded:
         if self._notice_key is None:
@@ -484,7 +518,8 @@ class Issuer:
         pages = [refs[start : start + commands.MAX_TOKENS] for start in range(0, len(refs), commands.MAX_TOKENS)]
         return [
             messages.track_command(
-                commands.sign_track(page, key=key, signer=self.iss, audience=audience, now=now), count=len(page)
+                commands.sign_track(page, key=key, signer=self.iss, audience=audience, now=now),
+                shown=f"{len(page)} tokens",
             )
             for page in pages
         ]
@@ -505,6 +540,14 @@ class Issuer:
         if not self._publish([messages.revoke_command(jws, shown=describe([Notice.of_revocation(revocation)]))]):
             raise Unavailable(f"neither the store ({error}) nor the broker answers; nothing was revoked") from None
         return Revoked(revocation, "queued", published=True, created=True)
+
+
+def pauses() -> Iterator[float]:
+    """How long to wait between two looks at a revocation, in seconds: 5 ms at first, 100 ms at last."""
+    pause = 0.005
+    while True:
+        yield pause
+        pause = min(pause * 1.5, 0.1)
 
 
 def first_of_that_id(store: Store, revocation: Revocation) -> Revocation:
