@@ -10,14 +10,15 @@ from typing import Any
 
 import structlog
 from celery.exceptions import Reject
-from celery.signals import setup_logging, worker_init, worker_ready, worker_shutdown
+from celery.signals import setup_logging, worker_shutdown
 
 from knell import logs, topology
 from knell.errors import MessageRefused, Unavailable
-from knell.keys import trust_list
 from knell.notifier import Notifier
 from knell.publisher import connect
 from knell.receipts import ReceiptsConsumer
+from knell.worker import before_first_message
+from tasks import app
 
 # A message that cannot be handled now goes back to its queue after this pause, so that a store outage is no hot loop.
 PAUSE_SECONDS = 1.0
@@ -34,7 +35,7 @@ def notifier() -> Notifier:
 @cache
 def _receipts() -> ReceiptsConsumer:
     own = notifier()
-    return ReceiptsConsumer(own.settings, own.store, trust_list(own.settings))
+    return ReceiptsConsumer(own.settings, own.store, own.trust)
 
 
 @contextmanager
@@ -54,17 +55,15 @@ def broker_keeps_it() -> Iterator[None]:
 setup_logging.connect(logs.configure_worker, dispatch_uid="knell.logs")
 
 
-@worker_init.connect
-def _prepare(**_: Any) -> None:
+def _prepare() -> None:
     settings = notifier().settings
     if settings.embedded:
         with connect(settings) as connection:
             topology.declare(connection, [service.name for service in notifier().store.services()], settings=settings)
-
-
-@worker_ready.connect
-def _start(**_: Any) -> None:
     _receipts().start()
+
+
+before_first_message(app, _prepare)
 
 
 @worker_shutdown.connect

@@ -7,14 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jwt
 from uuid6 import uuid7
 
 from knell.errors import InvalidInput, MessageRefused
-from knell.keys import COMMAND_TYPE, NOTICE_TYPE, SigningKey, TrustedKey, TrustList
+from knell.keys import COMMAND_TYPE, NOTICE_TYPE, SigningKey, TrustedKey
 from knell.notices import VERSION, Cause, Notice, NoticeBatch
 from knell.revocations import Revocation
 from knell.settings import Rules
 from knell.tokens import TokenRef, check_identifier, check_time
+from knell.trust import Trust
 
 # What one command carries at most; a larger track_many becomes several.
 MAX_TOKENS = 500
@@ -71,7 +73,7 @@ class CommandReader:
         rules: the limits of what a command may ask for; older ones than the retention are refused.
     """
 
-    trust: TrustList
+    trust: Trust
     audience: str
     clock: Callable[[], float]
     rules: Rules
@@ -152,6 +154,29 @@ class CommandReader:
         if issued_at > now + SKEW_SECONDS:
             raise MessageRefused(f"the command is of the future ({issued_at - now:.0f} s); check its issuer's clock")
         return payload, key
+
+
+def is_command(jws: str) -> bool:
+    """Whether a text says of itself that it is a command: nobody has checked it."""
+    try:
+        return jwt.get_unverified_header(jws).get("typ") == COMMAND_TYPE
+    except (jwt.InvalidTokenError, ValueError):
+        return False
+
+
+def what_to_do(jws: str) -> str:
+    """What a command says that it asks for, "track" or "revoke"; its signature is not checked: the notifier does that.
+
+    Raises:
+        MessageRefused: it is none.
+    """
+    try:
+        asked = jwt.decode(jws, options={"verify_signature": False}).get("do")
+    except (jwt.InvalidTokenError, ValueError) as error:
+        raise MessageRefused(f"not a signed command: {error}") from None
+    if asked not in ("track", "revoke"):
+        raise MessageRefused("the command asks neither to track nor to revoke")
+    return str(asked)
 
 
 def ends_key(ends: frozenset[str]) -> str:

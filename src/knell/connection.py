@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import sqlite3
+import struct
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
 from amqp.exceptions import AMQPError, NotFound
+from amqp.serialization import PROPERTY_CLASSES, decode_properties_basic
+from amqp.spec import Basic
 from kombu import Connection
 from kombu.exceptions import KombuError
 from kombu.message import Message
@@ -20,6 +23,8 @@ from knell.settings import Settings
 BROKER_ERRORS = (AMQPError, KombuError, OSError, sqlite3.Error)
 # How long one server of the URL has to take a connection before the next one is tried.
 CONNECT_SECONDS = 2.0
+# The only header of a message whose properties cannot be decoded; its value is what went wrong.
+UNDECODABLE = "knell-undecodable"
 
 
 def connect(
@@ -56,7 +61,7 @@ def connect(
         connect_timeout=connect_timeout_seconds,
         ssl=tls or False,
         failover_strategy=lambda alternates: _in_turn(alternates, tls),
-        # Of what is published without confirms just before it is closed, a quorum queue may lack some (measured on 3.10).
+        # Of what is published unconfirmed just before it is closed, a quorum queue may lack some (measured on 3.10).
         transport_options={} if settings.embedded else {"on_open": bounded, "confirm_publish": True},
     )
     try:
@@ -105,6 +110,23 @@ def queue_depth(where: Settings | Connection, queue: str) -> int | None:
         return None
     except BROKER_ERRORS as error:
         raise BrokerUnavailable(f"the depth of {queue} is unknown: {error or type(error).__name__}") from error
+
+
+def _decoded(buffer: Any, offset: int) -> tuple[dict[str, Any], int]:
+    """The properties of a message as py-amqp decodes them; never an error.
+
+    One that comes out of it is taken for a lost connection: the message is delivered again, and again, and nothing
+    behind it is ever read. A time-stamp beyond the year 9999 is enough, and a service's account may send that.
+    """
+    try:
+        found: tuple[dict[str, Any], int] = decode_properties_basic(buffer, offset)
+    except (ValueError, TypeError, ArithmeticError, LookupError, OSError, RecursionError, struct.error, AMQPError) as e:
+        return {"application_headers": {UNDECODABLE: type(e).__name__}}, offset
+    return found
+
+
+# For the whole process: py-amqp has no other place for it.
+PROPERTY_CLASSES[Basic.CLASS_ID] = _decoded  # type: ignore[assignment] # its stubs say a type
 
 
 def leave_compressed(channel: Any) -> None:

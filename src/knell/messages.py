@@ -48,9 +48,9 @@ def expire(second: int, *, eta: float | None) -> Message:
     return _task(EXPIRE, [second], exchange=topology.EXPIRY, routing_key=topology.EXPIRY, eta=eta, shown=shown)
 
 
-def track_command(jws: str, *, count: int) -> Message:
+def track_command(jws: str, *, shown: str) -> Message:
     """A signed command to track tokens, for when the store cannot be reached."""
-    return _task(TRACK, [jws], exchange=topology.COMMANDS, routing_key=topology.COMMANDS, shown=f"{count} tokens")
+    return _task(TRACK, [jws], exchange=topology.COMMANDS, routing_key=topology.COMMANDS, shown=shown)
 
 
 def revoke_command(jws: str, *, shown: str) -> Message:

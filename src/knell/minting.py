@@ -53,7 +53,7 @@ def refreshed_claims(
         raise InvalidClaims(f"the changes must be a mapping of claims, not {type(changes).__name__}")
     if old.get("sid") is None:
         raise InvalidClaims("the token has no 'sid': there is no session to carry on; issue a new token")
-    for name in ("iss", "sid", "auth_time", "session_exp"):
+    for name in ("iss", "sub", "sid", "auth_time", "session_exp"):
         if changes and name in changes and changes[name] != old.get(name):
             raise InvalidClaims(f"{name!r} stays the same through the life of a session; leave it out of the changes")
     kept = {name: value for name, value in old.items() if name not in RENEWED}

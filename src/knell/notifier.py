@@ -28,7 +28,7 @@ from knell.errors import (
 )
 from knell.follower import Follower
 from knell.issuer import first_of_that_id, with_what_is_known
-from knell.keys import NOTICE_TYPE, NOTIFIER, SigningKey, TrustList, notice_key, trust_list
+from knell.keys import NOTICE_TYPE, NOTIFIER, SigningKey, notice_key
 from knell.notices import Cause, Notice, NoticeBatch, describe
 from knell.publisher import Publisher, connect, queue_depth
 from knell.revocations import Revocation, Scope, revocation_of_refreshed
@@ -36,6 +36,7 @@ from knell.settings import Settings
 from knell.store import Claim, Claimed, OpenNotice, Pruned, Store, open_store
 from knell.tokens import TokenRef
 from knell.topology import service_queue
+from knell.trust import Trust, TrustFile
 
 # A timer that fires this much early waits in place; one that fires earlier is armed again.
 PATIENCE_SECONDS = 2.0
@@ -97,7 +98,7 @@ class Notifier:
         store: Store | None = None,
         publisher: Publisher | None = None,
         key: SigningKey | None = None,
-        trust: TrustList | None = None,
+        trust: Trust | None = None,
         clock: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -114,9 +115,9 @@ class Notifier:
         )
         self.publisher = publisher or Publisher(self.settings)
         self._clock = StoreClock(self.store, clock)
-        self._trust = trust or trust_list(self.settings)
+        self.trust = trust or _readable(TrustFile(self.settings))
         self._commands = CommandReader(
-            self._trust,
+            self.trust,
             self.settings.audience,
             self._clock.now,
             self.settings.rules,
@@ -365,7 +366,7 @@ class Notifier:
             revocation = with_what_is_known(revocation, detached, self.settings.rules.leeway_seconds)
             ref = detached.ref
         notice = Notice.of_revocation(revocation, ref)
-        if ref is not None and self._trust.may_tell(self._key.kid, revocation.iss, Cause.REVOKED):
+        if ref is not None and self.trust.may_tell(self._key.kid, revocation.iss, Cause.REVOKED):
             # The issuer could not ask the store; this notice also says which session and subject the token was of.
             jws = self._sign(notice.batch_id, [notice])
         else:
@@ -408,6 +409,11 @@ class Notifier:
 
 # Commands are remembered as done in the same place as services' batches, under a name that no service can have.
 _COMMANDS = "knell.commands"
+
+
+def _readable(trust: TrustFile) -> TrustFile:
+    _ = trust.current  # a list that cannot be read is to be found now, and not with the first command
+    return trust
 
 
 def _lacks(service: str, connection: Connection) -> bool:

@@ -15,15 +15,16 @@ from kombu import Connection, Consumer, Queue
 from kombu.message import Message
 from uuid6 import uuid7
 
-from knell import topology
+from knell import commands, topology
 from knell.answers import in_one_line
-from knell.connection import BROKER_ERRORS, connect, leave_compressed
+from knell.connection import BROKER_ERRORS, UNDECODABLE, connect, leave_compressed
 from knell.errors import KnellError, MessageRefused, Unavailable
-from knell.keys import NOTICE_TYPE, TrustList
+from knell.keys import NOTICE_TYPE
 from knell.notices import NoticeBatch, Receipt, entry_numbers
 from knell.redaction import bytes_without_tokens, traceback_of
 from knell.settings import Settings, check_service_name
 from knell.store import Parked, Store
+from knell.trust import Trust
 from knell.wire import MAX_BODY_BYTES
 
 # As many as are written to the store at once. They are acknowledged only after that.
@@ -52,7 +53,7 @@ class ReceiptsConsumer:
     Nothing is acknowledged before the store has it; a store or broker that is away is waited for.
     """
 
-    def __init__(self, settings: Settings, store: Store, trust: TrustList) -> None:
+    def __init__(self, settings: Settings, store: Store, trust: Trust) -> None:
         self._settings = settings
         self._store = store
         self._trust = trust
@@ -120,6 +121,8 @@ class ReceiptsConsumer:
         parked: list[Parked] = []
         for queue, message in page:
             try:
+                if UNDECODABLE in (message.headers or {}):
+                    raise MessageRefused("its properties cannot be decoded")
                 if queue == topology.RECEIPTS:
                     self._read(message, receipts, parked)
                 else:
@@ -184,6 +187,10 @@ class ReceiptsConsumer:
             return  # no service has a queue: whoever is registered all the same is told from the notice log
         service = topology.service_of_queue(queue) or ""
         now = self._store.time()
+        if queue == topology.COMMANDS and (command := _command(message)) is not None:
+            # An issuer was told that it is queued: it is kept whole, to be sent again when what refused it is mended.
+            parked.append(Parked(id=f"/{uuid7()}", service="", queue=queue, error=reason, at=now, jws=command))
+            return
         try:
             batch = self._verified(_first_argument(message)) if service else None
         except MessageRefused as refusal:
@@ -263,6 +270,15 @@ def _arguments(message: Message) -> list[Any]:
 def _first_argument(message: Message) -> object:
     arguments = _arguments(message)
     return arguments[0] if arguments else None
+
+
+def _command(message: Message) -> str | None:
+    """The signed command of a message; None if it is none. Nobody has checked it, but its type is not that of a token."""
+    try:
+        jws = _first_argument(message)
+        return jws if isinstance(jws, str) and commands.is_command(jws) else None
+    except MessageRefused:
+        return None
 
 
 def _todo(message: Message, batch: NoticeBatch) -> tuple[int, ...]:

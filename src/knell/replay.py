@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import jwt
 
-from knell import messages
+from knell import commands, messages, topology
 from knell.errors import BrokerUnavailable, MessageRefused
+from knell.messages import Message
 from knell.notices import NoticeBatch
 from knell.publisher import Publisher
 from knell.store import Parked, Store
@@ -21,19 +22,15 @@ CONFIRM_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """One message: entries of one batch, for one service.
+    """One message: entries of one batch, for one service; or one command, for the notifier.
 
     Attributes:
-        service: who gets it.
-        jws: the signed notice that the entries are part of.
         ids: the ids of the parked entries.
-        numbers: their numbers in the batch.
+        message: what is sent.
     """
 
-    service: str
-    jws: str
     ids: tuple[str, ...]
-    numbers: tuple[int, ...]
+    message: Message
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +71,14 @@ def plan(parked: Sequence[Parked], *, services: Collection[str], now: float) -> 
     """
     gathered: dict[tuple[str, str], list[Parked]] = {}
     refused: dict[str, str] = {}
+    replays: list[Replay] = []
     for each in parked:
-        if each.jws is None or each.notice_id is None:
+        if each.queue == topology.COMMANDS and each.jws is not None:
+            try:
+                replays.append(Replay((each.id,), _command(each.jws)))
+            except MessageRefused as error:
+                refused[each.id] = str(error)
+        elif each.jws is None or each.notice_id is None:
             refused[each.id] = "it is no notice: look at it with `knell parked show`, then drop it"
         elif each.service not in services:
             refused[each.id] = f"no service {each.service!r} is registered"
@@ -83,10 +86,11 @@ def plan(parked: Sequence[Parked], *, services: Collection[str], now: float) -> 
             refused[each.id] = why
         else:
             gathered.setdefault((each.service, each.jws), []).append(each)
-    replays = [
-        Replay(service, jws, tuple(each.id for each in group), tuple(number_of(each) for each in group))
-        for (service, jws), group in gathered.items()
-    ]
+    for (service, jws), group in gathered.items():
+        numbers = [number_of(each) for each in group]
+        shown = f"replayed {len(group)}"
+        message = messages.notice_to(service, jws, todo=numbers, replay=True, shown=shown)
+        replays.append(Replay(tuple(each.id for each in group), message))
     return Plan(replays, refused)
 
 
@@ -101,11 +105,8 @@ def send(replays: Sequence[Replay], *, store: Store, publisher: Publisher) -> in
     """
     sent = 0
     for each in replays:
-        message = messages.notice_to(
-            each.service, each.jws, todo=each.numbers, replay=True, shown=f"replayed {len(each.ids)}"
-        )
         try:
-            publisher.send([message]).result(CONFIRM_SECONDS)
+            publisher.send([each.message]).result(CONFIRM_SECONDS)
         except (BrokerUnavailable, TimeoutError) as error:
             left = sum(len(replay.ids) for replay in replays) - sent
             raise BrokerUnavailable(
@@ -128,6 +129,12 @@ def read_batch(jws: str) -> NoticeBatch:
     except jwt.InvalidTokenError as error:
         raise MessageRefused(f"not a signed notice: {error}") from None
     return NoticeBatch.from_payload(payload)
+
+
+def _command(jws: str) -> Message:
+    if commands.what_to_do(jws) == "track":
+        return messages.track_command(jws, shown="replayed")
+    return messages.revoke_command(jws, shown="replayed")
 
 
 def number_of(parked: Parked) -> int:

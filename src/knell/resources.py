@@ -12,12 +12,13 @@ from typing import Any
 
 import structlog
 
-from knell.errors import BrokerUnavailable, InvalidSettings
-from knell.keys import TrustList, trust_list
+from knell.errors import BrokerUnavailable
+from knell.keys import TrustList
 from knell.messages import Message
 from knell.publisher import Publisher
 from knell.settings import Settings
 from knell.store import Dedupe, open_store
+from knell.trust import TrustFile
 
 # The publisher answers by itself, within its own time-outs; this is for the case that it cannot.
 CONFIRM_SECONDS = 60.0
@@ -50,6 +51,9 @@ class EventLoop:
             started.append(asyncio.current_task())
             try:
                 return await awaitable
+            except (SystemExit, KeyboardInterrupt) as error:
+                # asyncio would let it end the thread of the loop, and the caller would wait for ever.
+                raise RuntimeError(f"an async handler raised {error!r}") from error
             finally:
                 ended.set()
 
@@ -73,10 +77,9 @@ class EventLoop:
 
 @dataclass(slots=True)
 class _Opened:
+    trust: TrustFile
     pid: int = field(default_factory=os.getpid)
     lock: threading.Lock = field(default_factory=threading.Lock)
-    trust: TrustList | None = None
-    trust_stamp: int | None = None
     dedupe: Dedupe | None = None
     publisher: Publisher | None = None
     loop: EventLoop | None = None
@@ -87,22 +90,12 @@ class Resources:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._opened = _Opened()
+        self._opened = _Opened(TrustFile(self._settings))
 
     @property
     def trust(self) -> TrustList:
         """The trust list, read again when its file has changed. InvalidSettings if it never could be read."""
-        mine = self._mine()
-        with mine.lock:
-            stamp = self._trust_stamp()
-            if mine.trust is None or stamp != mine.trust_stamp:
-                try:
-                    mine.trust, mine.trust_stamp = trust_list(self._settings), stamp
-                except InvalidSettings as error:
-                    if mine.trust is None:
-                        raise
-                    log.error("trust_list_not_read", error=str(error), using="the one read before")
-            return mine.trust
+        return self._mine().trust.current
 
     @property
     def dedupe(self) -> Dedupe:
@@ -137,22 +130,15 @@ class Resources:
 
     def close(self) -> None:
         """Close what this process has opened; it is opened again when it is used again."""
-        mine, self._opened = self._mine(), _Opened()
+        mine, self._opened = self._mine(), _Opened(TrustFile(self._settings))
         for opened in (mine.publisher, mine.dedupe, mine.loop):
             if opened is not None:
                 opened.close()
 
     def _mine(self) -> _Opened:
         if self._opened.pid != os.getpid():
-            self._opened = _Opened()
+            self._opened = _Opened(TrustFile(self._settings))
         return self._opened
-
-    def _trust_stamp(self) -> int | None:
-        path = self._settings.trust
-        try:
-            return path.stat().st_mtime_ns if path is not None else None
-        except FileNotFoundError:
-            return None
 
 
 def _cancel(started: Sequence[asyncio.Task[Any] | None]) -> None:

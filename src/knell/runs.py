@@ -91,20 +91,21 @@ class Run:
         self._progress = progress
         self._loop = loop
         self._concurrent = 1 if one_at_a_time else MAX_CONCURRENT
-        self._handled: set[int] = set()
+        self._running: set[int] = set()
         self.failed: dict[int, Exception] = {}
 
     def run(self, notices: Sequence[Notice]) -> None:
-        """Call what there is to call. Afterwards each entry is done, failed, or, if the run was stopped, neither."""
+        """Call what there is to call. Afterwards each entry is done, failed, or, if the run was stopped, neither.
+
+        A time limit fails what was running when it struck, and stops the run.
+        """
         try:
             if any(handler.batch for notice in notices for handler in self._handlers.of(notice)):
                 self._by_event(notices)
             else:
                 self._by_entry(notices)
         except SoftTimeLimitExceeded as error:
-            for notice in notices:
-                if notice.n not in self._handled:
-                    self.failed.setdefault(notice.n, error)
+            self.failed.update(dict.fromkeys(self._running, error))
 
     def _by_entry(self, notices: Sequence[Notice]) -> None:
         self._each(notices, self._handlers.of, closes={notice.n for notice in notices})
@@ -124,6 +125,7 @@ class Run:
                 self._each(given, _only(handler), closes={notice.n for notice in last})
 
     def _batch(self, handler: Handler, given: Sequence[Notice]) -> None:
+        self._running = {notice.n for notice in given}
         try:
             result = handler.call(tuple(given))
             if inspect.isawaitable(result):
@@ -137,6 +139,7 @@ class Run:
             self.failed.update({n: _as_exception(e) for n, e in failed.items()})
         except Exception as error:
             self.failed.update({notice.n: error for notice in given})
+        self._running = set()
 
     def _each(
         self, notices: Sequence[Notice], handlers_of: Callable[[Notice], list[Handler]], *, closes: Collection[int]
@@ -153,6 +156,7 @@ class Run:
         for notice in notices:
             if self._progress.lost:
                 return
+            self._running = {notice.n}
             try:
                 for handler in handlers_of(notice):
                     result = handler.call(notice)
@@ -177,6 +181,7 @@ class Run:
             for notice in waiting:
                 if self._progress.lost:
                     return
+                self._running.add(notice.n)
                 try:
                     for handler in handlers_of(notice):
                         result = handler.call(notice)
@@ -188,11 +193,16 @@ class Run:
                         raise
                     # Nobody cancelled this run: it was something of the handler's own that it waited for.
                     self.failed[notice.n] = _as_exception(error)
+                except (SystemExit, KeyboardInterrupt) as error:
+                    # It would end the thread of the event loop, and every async handler of the process with it.
+                    self.failed[notice.n] = _as_exception(error)
                 except Exception as error:
                     self.failed[notice.n] = error
                 else:
                     finished(notice)
+                self._running.discard(notice.n)
 
+        self._running = set()
         async with asyncio.TaskGroup() as group:
             for _ in range(min(self._concurrent, len(notices))):
                 group.create_task(work())
@@ -200,7 +210,6 @@ class Run:
     def _done(self, notices: Sequence[Notice]) -> None:
         for notice in notices:
             if notice.n not in self.failed:
-                self._handled.add(notice.n)
                 self._progress.add(notice.n)
 
 

@@ -7,17 +7,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import structlog
-from celery import Celery, bootsteps, signals
+from celery import Celery, signals
 from celery.app.task import Task
-from celery.exceptions import Reject, SoftTimeLimitExceeded, WorkerShutdown
+from celery.exceptions import Reject, SoftTimeLimitExceeded
 
 from knell import logs, topology
-from knell.errors import InvalidSettings, MessageRefused, Unavailable
+from knell.errors import MessageRefused, Unavailable
 from knell.messages import TERMINATE
 from knell.notices import Receipt
 from knell.settings import Settings
 from knell.store import open_store
-from knell.worker import allow
+from knell.worker import allow, before_first_message
 
 if TYPE_CHECKING:
     from knell.service import Service
@@ -52,7 +52,7 @@ def make_app(service: Service) -> Celery:
         # One process: enough to try Knell, and nothing of SQLite is carried through a fork.
         app.conf.worker_pool = "solo"
     allow(app, {queue: [TERMINATE]})
-    app.steps["worker"].add(_setup_of(service))
+    before_first_message(app, lambda: _prepare(service, app))
     signals.setup_logging.connect(logs.configure_worker, dispatch_uid="knell.logs")
 
     @app.task(name=TERMINATE, bind=True, shared=False)
@@ -82,22 +82,10 @@ def summary(receipt: Receipt | None) -> str:
     return ", ".join(f"{len(numbers)} {name}" for name, numbers in counts if numbers)
 
 
-def _setup_of(service: Service) -> type[bootsteps.StartStopStep]:
-    class Setup(bootsteps.StartStopStep):
-        """Finds out before the first message what every message would fail on."""
-
-        name = "knell.setup"
-
-        def start(self, worker: Any) -> None:
-            try:
-                _ = service.resources.trust
-            except InvalidSettings as error:
-                log.critical("worker_cannot_start", service=service.name, error=str(error))
-                raise WorkerShutdown(1) from None
-            if service.settings.embedded:
-                register_embedded(service.name, service.settings, worker.app)
-
-    return Setup
+def _prepare(service: Service, app: Celery) -> None:
+    _ = service.resources.trust  # without one, every message would fail
+    if service.settings.embedded:
+        register_embedded(service.name, service.settings, app)
 
 
 def register_embedded(name: str, settings: Settings, app: Celery) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from celery.utils.time import maybe_iso8601
 
+from knell.connection import UNDECODABLE
 from knell.messages import TERMINATE
 
 # A signed batch of 500 entries stays below 2 MiB with the longest identifiers allowed.
@@ -88,6 +89,8 @@ def refusal(
 
 
 def _check_headers(headers: Mapping[str, Any], allowed: Collection[str]) -> None:
+    if UNDECODABLE in headers:
+        raise _Refused(f"the message's properties cannot be decoded: {str(headers[UNDECODABLE])[:64]!a}")
     task = headers.get("task")
     if not isinstance(task, str):
         raise _Refused("the message names no task")

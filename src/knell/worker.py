@@ -14,7 +14,7 @@ from uuid import NAMESPACE_OID, UUID, uuid5
 
 import structlog
 from amqp.exceptions import AccessRefused, NotFound
-from celery import Celery
+from celery import Celery, bootsteps
 from celery.events.event import event_exchange
 from celery.exceptions import InvalidTaskError, WorkerShutdown
 from celery.utils.log import get_logger
@@ -24,6 +24,7 @@ from kombu.message import Message
 
 from knell import topology
 from knell.connection import leave_compressed
+from knell.errors import InvalidSettings, Unavailable
 from knell.redaction import without_tokens
 from knell.wire import refusal
 
@@ -46,6 +47,30 @@ def allow(app: Celery, queues: Mapping[str, Collection[str]]) -> None:
     app.conf.update({ALLOWED: {queue: frozenset(names) for queue, names in queues.items()}})
     app.conf.worker_consumer = "knell.worker:Consumer"
     app.Task.Request = "knell.worker:Request"
+
+
+def before_first_message(app: Celery, prepare: Callable[[], None]) -> None:
+    """Have a worker of this app call `prepare` as it starts; it exits if that finds what every task would fail on.
+
+    A receiver of Celery's signals cannot do that: its errors are logged, and the worker goes on.
+
+    Args:
+        prepare: raises InvalidSettings or Unavailable for what has to be put right before the worker can work.
+    """
+
+    class Prepare(bootsteps.StartStopStep):
+        """Runs before the worker consumes."""
+
+        name = "knell.prepare"
+
+        def start(self, worker: Any) -> None:
+            try:
+                prepare()
+            except (InvalidSettings, Unavailable) as error:
+                log.critical("worker_cannot_start", error=str(error))
+                raise WorkerShutdown(1) from None
+
+    app.steps["worker"].add(Prepare)
 
 
 def _allowed(app: Celery) -> Mapping[str, Collection[str]]:

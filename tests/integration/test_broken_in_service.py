@@ -12,10 +12,10 @@ import amqp
 import pytest
 from kombu.transport.native_delayed_delivery import MAX_LEVEL, level_name
 
-from knell import Settings, topology
+from knell import Settings, TokenRef, commands, messages, replay, topology
 from knell.keys import NOTICE_TYPE, SigningKey, TrustList, trust_entry
-from knell.notices import Cause, Notice, NoticeBatch
-from knell.publisher import connect
+from knell.notices import Cause, Notice, NoticeBatch, Receipt
+from knell.publisher import Publisher, connect
 from knell.receipts import ReceiptsConsumer
 from knell.revocations import make_revocation
 from knell.settings import Rules
@@ -59,6 +59,57 @@ def test_it_cannot_take_the_exchange_of_events_from_the_others(admin: Settings, 
     with connect(admin) as connection:
         channel: Any = connection.channel()
         channel.exchange_declare(topology.EVENTS, "topic", passive=True)
+
+
+def test_it_cannot_stop_the_receipts_of_the_others(admin: Settings, thief: Any) -> None:
+    """A message whose properties cannot be decoded is kept to be looked at; what is behind it is applied."""
+    store = open_store(admin.store_url, namespace=admin.namespace, rules=admin.rules)
+    store.add_service("shop")
+    revocation = make_revocation("session", {"sid": "s"}, iss=ISS, now=time.time(), rules=Rules())
+    store.revoke(revocation, batch_id=Notice.of_revocation(revocation).batch_id, jws="x")
+    thief.basic_publish(amqp.Message(b"{}", content_type=b"\xff\xfe"), topology.RECEIPTS, "receipt.thief")
+    consumer = ReceiptsConsumer(admin, store, TrustList([]))
+    consumer.start()
+    publisher = Publisher(admin)
+    answer = Receipt(batch_id=Notice.of_revocation(revocation).batch_id, at=time.time(), done=[0])
+    publisher.send([messages.receipt("shop", answer)]).result(20)
+    try:
+        until(lambda: (store.status(revocation.id) or {})["shop"].state == "done", what="the shop's receipt")
+        [parked] = store.parked()
+        assert "cannot be decoded" in parked.error
+    finally:
+        consumer.stop()
+        publisher.close()
+        store.close()
+
+
+def test_a_command_that_was_refused_is_kept_and_can_be_replayed(admin: Settings) -> None:
+    """An issuer was told that it is queued: once the notifier trusts its key, it is sent again, whole."""
+    key = SigningKey.generate()
+    store = open_store(admin.store_url, namespace=admin.namespace, rules=admin.rules)
+    ref = TokenRef(iss=ISS, jti="j", exp=time.time() + 600)
+    jws = commands.sign_track([ref], key=key, signer=ISS, audience=admin.audience, now=time.time())
+    publisher = Publisher(admin)
+    publisher.send([messages.track_command(jws, shown="1 token")]).result(20)
+    consumer = ReceiptsConsumer(admin, store, TrustList([]))
+    consumer.start()
+    try:
+        with connect(admin) as connection:
+            channel: Any = connection.channel()
+            command = until(lambda: channel.basic_get(topology.COMMANDS), what="the command")
+            channel.basic_reject(command.delivery_tag, requeue=False)
+        [parked] = until(store.parked, what="it is kept")
+        assert (parked.queue, parked.jws, parked.body) == (topology.COMMANDS, jws, None)
+        plan = replay.plan([parked], services=[], now=store.time())
+        assert replay.send(plan.replays, store=store, publisher=publisher) == 1
+        assert store.parked() == []
+        with connect(admin) as connection:
+            again = until(lambda: connection.channel().basic_get(topology.COMMANDS), what="the command")  # type: ignore[attr-defined]
+        assert (json.loads(again.body)[0], again.headers["task"]) == ([jws], messages.TRACK)
+    finally:
+        consumer.stop()
+        publisher.close()
+        store.close()
 
 
 def test_it_cannot_bury_a_notice_in_anothers_name(admin: Settings, thief: Any) -> None:

@@ -310,7 +310,7 @@ def _poison(run: Run) -> list[str]:
         (topology.NOTICES, "", json_body([["a.b.c", [token("todo")], 0], {}, {}]), dict(task.headers)),
         (topology.NOTICES, "", json_body([["a.b.c"], {"jws": token("kwargs")}, {}]), dict(task.headers)),
         (topology.COMMANDS, topology.COMMANDS, json_body([[token("track")], {}, {}]),
-         dict(messages.track_command("x", count=1).headers)),
+         dict(messages.track_command("x", shown="1 token").headers)),
         (topology.RECEIPTS, "receipt.shop", json_body({"v": 1, "batch_id": token("batch")}), {}),
         (topology.RECEIPTS, "parked.shop", json_body({"v": 1, "jws": token("jws"), "errors": {"0": "x"}}), {}),
         (topology.RECEIPTS, "receipt.shop", token("bare").encode(), {}),

@@ -11,13 +11,14 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import amqp
 import pytest
+from amqp import serialization
 from amqp.exceptions import AccessRefused
 from celery import Celery
 from celery.events.receiver import EventReceiver
@@ -28,7 +29,7 @@ from knell import Notice, Settings, messages, topology
 from knell.keys import NOTICE_TYPE, NOTIFIER, SigningKey
 from knell.messages import TERMINATE, Message
 from knell.notices import Cause, NoticeBatch, new_batch_id
-from knell.publisher import Publisher, connect
+from knell.publisher import Publisher, connect, queue_depth
 from knell.revocations import Scope
 from tests.deployment import ROOT, environ_of, make_keys, until
 from tests.servers import RabbitServer
@@ -267,6 +268,50 @@ def test_poisoned_messages_are_parked_and_the_workers_stay(site: Site) -> None:
     assert [site.running(name) for name in SERVICES] == before
     expected = Counter((topology.service_queue(name), body[:40]) for name in SERVICES for body, *_ in POISON)
     assert Counter(found) == expected
+
+
+class _Raw:
+    """Bytes of an AMQP field value, as no client library would write them."""
+
+    def __init__(self, raw: bytes) -> None:
+        self.raw = raw
+
+
+@pytest.fixture
+def raw_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let py-amqp write `_Raw` values as they are."""
+    write_item = serialization._write_item
+
+    def write(value: Any, write: Callable[[bytes], object], bits: Any) -> None:
+        if isinstance(value, _Raw):
+            write(value.raw)
+        else:
+            write_item(value, write, bits)
+
+    monkeypatch.setattr(serialization, "_write_item", write)
+
+
+@pytest.mark.parametrize(
+    "properties",
+    [
+        {"content_type": b"\xff\xfe"},
+        {"application_headers": {"x": _Raw(b"T" + b"\xff" * 8)}},
+    ],
+    ids=["no text", "no time"],
+)
+@pytest.mark.usefixtures("raw_values")
+def test_properties_that_cannot_be_decoded_stop_no_worker(site: Site, properties: dict[str, Any]) -> None:
+    """py-amqp would take the message for a lost connection, and read it again, and again: it is refused instead."""
+    site.take(topology.DEAD)
+    before = [site.running(name) for name in SERVICES]
+    with connect(site.settings) as connection:
+        channel: Any = connection.channel()
+        channel.basic_publish(amqp.Message(b"{}", **properties), topology.NOTICES, "")
+    batch_id = site.tell("ok")
+    for name in SERVICES:
+        until(lambda: site.calls(batch_id, name) == [0], what=f"{name} handles the notice behind it")  # noqa: B023
+    until(lambda: queue_depth(site.settings, topology.DEAD) == len(SERVICES), what="both have refused it")
+    assert [site.running(name) for name in SERVICES] == before
 
 
 class Receiver(EventReceiver):

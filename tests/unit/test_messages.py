@@ -23,7 +23,7 @@ def arguments(message: messages.Message) -> list[Any]:
 TASKS = {
     "expire": messages.expire(2_000, eta=None),
     "expire at": messages.expire(2_000, eta=1_999.5),
-    "track": messages.track_command(JWS, count=3),
+    "track": messages.track_command(JWS, shown="3 tokens"),
     "revoke": messages.revoke_command(JWS, shown="revoked 1 token (user)"),
     "notice": messages.notice(JWS, shown="expired 3"),
     "notice to one": messages.notice_to("shop", JWS, shown="expired 3", todo=[2, 0], attempt=4, root_id="root"),
