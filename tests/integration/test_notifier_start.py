@@ -1,0 +1,42 @@
+"""A notifier that cannot work does not start: it says what is wrong, and takes no message that it could only lose."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from knell import Settings
+from tests.deployment import ROOT, environ_of, make_keys
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"KNELL_NOTICE_KEY": ""}, "KNELL_NOTICE_KEY"),
+        ({"KNELL_NOTICE_KEY": "no-such-file.pem"}, "no-such-file.pem"),
+        ({"KNELL_TRUST": ""}, "KNELL_TRUST"),
+        ({"KNELL_TRUST": "no-such-file.json"}, "no-such-file.json"),
+        ({"KNELL_STORE_URL": "mysql://h/knell"}, "KNELL_STORE_URL"),
+    ],
+    ids=["no key", "a missing key", "no trust list", "a missing trust list", "an unknown store"],
+)
+def test_a_wrong_setting_ends_the_worker_and_is_named(tmp_path: Path, changes: dict[str, str], named: str) -> None:
+    """It exits with an error before it looks for the broker, which does not exist here."""
+    notice_key, trust = make_keys(tmp_path)
+    settings = replace(
+        Settings(home=tmp_path), broker_url="amqp://127.0.0.1:1//", notice_key=notice_key, trust=trust
+    )  # fmt: skip
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("KNELL_")}
+    worker = subprocess.run(
+        [sys.executable, "-m", "celery", "-A", "tasks", "worker", "-n", "notifier@test"],
+        cwd=ROOT, env=environ | environ_of(settings) | changes, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert worker.returncode != 0
+    said = worker.stdout + worker.stderr
+    assert named in said
+    assert " ready." not in said
