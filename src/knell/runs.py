@@ -90,7 +90,7 @@ class Run:
         self._handlers = handlers
         self._progress = progress
         self._loop = loop
-        self._concurrent = 1 if one_at_a_time else MAX_CONCURRENT
+        self._one_at_a_time = one_at_a_time
         self._running: set[int] = set()
         self.failed: dict[int, Exception] = {}
 
@@ -99,11 +99,13 @@ class Run:
 
         A time limit fails what was running when it struck, and stops the run.
         """
+        groups = [[notice] for notice in notices] if self._one_at_a_time else [notices]
         try:
-            if any(handler.batch for notice in notices for handler in self._handlers.of(notice)):
-                self._by_event(notices)
-            else:
-                self._by_entry(notices)
+            for group in groups:
+                if any(handler.batch for notice in group for handler in self._handlers.of(notice)):
+                    self._by_event(group)
+                else:
+                    self._by_entry(group)
         except SoftTimeLimitExceeded as error:
             self.failed.update(dict.fromkeys(self._running, error))
 
@@ -204,7 +206,7 @@ class Run:
 
         self._running = set()
         async with asyncio.TaskGroup() as group:
-            for _ in range(min(self._concurrent, len(notices))):
+            for _ in range(min(MAX_CONCURRENT, len(notices))):
                 group.create_task(work())
 
     def _done(self, notices: Sequence[Notice]) -> None:

@@ -65,8 +65,10 @@ class Service:
         first_retry_seconds: the longest wait before the second try; it doubles with each. The wait itself is drawn
             between 1 s and that. Default 1.
         longest_retry_seconds: what the doubling stops at. Default 600.
-        dedupe: "batch" stores what is done at least every 100 ms; "each" stores it before the next call, one entry at
-            a time, for handlers that cannot be idempotent.
+        dedupe: "batch" stores what is done at least every 100 ms; "each" stores it before the next entry, one at a
+            time (batch handlers get one notice), for handlers that cannot be idempotent. Either way an entry is done
+            when all its handlers have returned: where one notice is for two of them, both are called again if the
+            second fails, or the process dies between them.
         lease_seconds: how long a process that died keeps others from its batch. Default 30.
         clock: Unix seconds; for tests. Default time.time.
         jitter: a number in [0, 1) at each call; for tests. Default random.random.

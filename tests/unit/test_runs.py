@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -39,6 +40,22 @@ def loop() -> Iterator[EventLoop]:
     loop = EventLoop()
     yield loop
     loop.close()
+
+
+def test_one_at_a_time_is_so_for_batch_handlers_too(loop: EventLoop) -> None:
+    """With two handlers, an entry is done before the first one of the next entry is called."""
+    done, seen = Done(), []
+
+    def token_end(notice: Notice) -> None:
+        seen.append(("token", notice.n, list(done.numbers)))
+
+    def session_end(notices: Sequence[Notice]) -> None:
+        seen.append(("session", *(notice.n for notice in notices), list(done.numbers)))
+
+    both = [replace(notice, ends=frozenset({"token", "session"})) for notice in NOTICES[:2]]
+    handlers = Handlers(token_end=Handler(token_end), session_end=Handler(session_end, batch=True))
+    Run(handlers, done, loop, one_at_a_time=True).run(both)
+    assert seen == [("token", 0, []), ("session", 0, []), ("token", 1, [0]), ("session", 1, [0])]
 
 
 def run(call: Callable[[Any], Any], loop: Any, *, batch: bool = False) -> tuple[Run, list[int]]:
