@@ -14,8 +14,6 @@ import os
 import structlog
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request
-from starlette.responses import Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
@@ -23,6 +21,7 @@ from knell import Notice, Service, TokenRef
 from knell.integrations.asgi import CLOSE_UNAUTHORIZED, KnellMiddleware
 from services.auth import open_verifier
 from services.sessions import end_missed, open_sessions
+from services.web import health, lifespan
 
 gateway = Service("gateway")
 tickets = open_sessions(os.environ.get("GATEWAY_TICKETS_URL"), gateway.settings, name="gateway")
@@ -76,10 +75,5 @@ def _use(ticket: str | None, token: TokenRef) -> bool:
     return found is not None and (found.iss, found.sub) == (token.iss, token.sub)
 
 
-def health(_: Request) -> Response:
-    """GET /health: the process answers."""
-    return Response(status_code=204)
-
-
-_pages = Starlette(routes=[WebSocketRoute("/live", live), Route("/health", health)])
+_pages = Starlette(routes=[WebSocketRoute("/live", live), Route("/health", health)], lifespan=lifespan)
 web = KnellMiddleware(_pages, open_verifier("gateway", gateway.settings), exempt={"/health"}, realm="gateway")

@@ -29,24 +29,28 @@ partner = Service("partner")
 webhook = Webhook(_required("PARTNER_WEBHOOK_URL"), _required("PARTNER_WEBHOOK_SECRET").split())
 
 
-async def tell_token_end(notice: Notice) -> None:
-    """Post the end of a token. One that ends its session too is posted once, as a session's."""
-    if "session" not in notice.ends:
-        await tell_session_end(notice)
-
-
+@partner.on_session_end
 async def tell_session_end(notice: Notice) -> None:
     """Post the end of a session."""
-    await webhook(notice)
-    log.info("partner_told", cause=notice.cause.value, notice=notice.id)
+    await _post(notice)
 
 
+@partner.on_token_end
+async def tell_token_end(notice: Notice) -> None:
+    """Post the end of a token, unless it ends its session too: that is told above, and once is enough."""
+    if "session" not in notice.ends:
+        await _post(notice)
+
+
+@partner.on_missed
 def tell_an_operator(since: float) -> None:
     """Notices since then were dropped, and only the partner can look its sessions up: park it, for somebody to ask."""
     raise GiveUp(f"notices since {since:.0f} (Unix seconds) were dropped: ask the partner to check all of its sessions")
 
 
-partner.on_token_end(tell_token_end)
-partner.on_session_end(tell_session_end)
-partner.on_missed(tell_an_operator)
+async def _post(notice: Notice) -> None:
+    await webhook(notice)  # raises what makes Knell try again, or give up
+    log.info("partner_told", cause=notice.cause.value, notice=notice.id)
+
+
 app = partner.celery_app()

@@ -12,8 +12,9 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
-from knell import InvalidSettings, Notice, Scope, Settings, TokenRef
+from knell import Notice, Scope, Settings, TokenRef
 from knell.follower import Follower
+from knell.settings import check_store_url
 from knell.store import open_store
 
 # Longer than any request is in flight, and than a verifier may go on accepting what is revoked.
@@ -48,20 +49,19 @@ def open_sessions(url: str | None, settings: Settings, *, name: str) -> Sessions
         name: keeps them apart from what else is there.
 
     Raises:
-        InvalidSettings: another scheme.
+        InvalidSettings: another scheme, or a URL that cannot be used.
     """
     if not url:
         sqlite = settings.store_url.startswith("sqlite:")
         url = f"sqlite:///{settings.home / name}.db" if sqlite else settings.store_url
-    if url.startswith("sqlite:///"):
+    check_store_url(f"the URL of the {name}'s sessions", url)
+    if url.startswith("sqlite:"):
         from services.sessions_sqlite import SqliteSessions
 
         return SqliteSessions(url.removeprefix("sqlite:///"))
-    if url.startswith(("redis://", "rediss://", "unix://")):
-        from services.sessions_redis import RedisSessions
+    from services.sessions_redis import RedisSessions
 
-        return RedisSessions(url, prefix=f"{settings.namespace}:{name}")
-    raise InvalidSettings(f"the sessions' URL begins {url[:12]!r}; use redis://, rediss://, unix:// or sqlite:///")
+    return RedisSessions(url, prefix=f"{settings.namespace}:{name}")
 
 
 def end_missed(sessions: Sessions, settings: Settings) -> list[TokenRef]:

@@ -28,14 +28,15 @@ class SqliteSessions:
     """See `services.sessions.Sessions`.
 
     Args:
-        path: the file; made when missing.
+        path: the file; made when missing, and its folder too, for this account alone: a session's id opens it.
         clock: Unix seconds; for tests.
     """
 
     def __init__(self, path: str | Path, *, clock: Callable[[], float] = time.time) -> None:
         self._path = Path(path)
         self._clock = clock
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._path.touch(mode=0o600)  # SQLite's own files beside it get its mode
         with self._writing() as db:
             for statement in SCHEMA.split(";"):
                 db.execute(statement)

@@ -18,6 +18,7 @@ from knell import Notice, Service, TokenRef
 from knell.integrations.asgi import KnellMiddleware
 from services.auth import open_verifier
 from services.sessions import end_missed, open_sessions
+from services.web import health, lifespan
 
 # The prefix makes browsers refuse the cookie from anywhere but this host, over TLS.
 COOKIE = "__Host-shop"
@@ -76,17 +77,13 @@ def me(request: Request) -> Response:
     return JSONResponse({"iss": token.iss, "sub": token.sub, "sid": token.sid})
 
 
-def health(_: Request) -> Response:
-    """GET /health: the process answers."""
-    return Response(status_code=204)
-
-
 _pages = Starlette(
     routes=[
         Route("/session", log_in, methods=["POST"]),
         Route("/logout", log_out, methods=["POST"]),
         Route("/me", me),
         Route("/health", health),
-    ]
+    ],
+    lifespan=lifespan,
 )
 web = KnellMiddleware(_pages, open_verifier("shop", shop.settings), exempt={"/logout", "/me", "/health"}, realm="shop")

@@ -94,7 +94,7 @@ class AsyncIssuer:
                 raise Unavailable(f"all {self._threads} threads of this issuer have been busy for {BEGIN_SECONDS:g} s")
             return await running
         except asyncio.CancelledError:
-            future.cancel()
+            running.cancel()  # and with it the call, if it has not begun; nobody looks at what it comes to
             raise
 
     def _pool(self) -> ThreadPoolExecutor:

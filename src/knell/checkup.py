@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import sqlite3
 import stat
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,13 +17,14 @@ from kombu import Connection
 
 from knell import topology
 from knell.connection import BROKER_ERRORS, connect, hosts
-from knell.errors import BrokerUnavailable, InvalidSettings, MessageRefused, StoreUnavailable
+from knell.errors import BrokerUnavailable, InvalidSettings, KnellError, MessageRefused
 from knell.keys import NOTICE_TYPE, NOTIFIER, SigningKey, TrustedKey, TrustList, notice_key, trust_list
 from knell.notices import Cause
 from knell.replay import all_parked
-from knell.settings import Settings
+from knell.settings import EMBEDDED_BROKER, Settings
 from knell.store import ServiceInfo, Store, open_store
 from knell.topology import Finding
+from knell.topology.check import APPLY
 
 # Sessions and tokens are compared across hosts by whole seconds and more; a clock further off than this is broken.
 MAX_OFFSET_SECONDS = 1.0
@@ -39,28 +43,26 @@ def look(settings: Settings, *, clock: Callable[[], float] = time.time) -> Itera
         clock: this host's clock, Unix seconds.
     """
     yield Finding(True, f"settings: namespace {settings.namespace}, broker {hosts(settings)}")
-    yield from look_at_keys(settings)
     services: list[ServiceInfo] = []
-    try:
-        store = open_store(
-            settings.store_url, namespace=settings.namespace, rules=settings.rules, partitions=settings.partitions
-        )
+    # Each begins when its turn comes: the broker is looked at for the services that the store has told.
+    for part, todo, findings in (
+        ("keys", "see that this account may read them", look_at_keys(settings)),
+        ("store", "see that it runs and that KNELL_STORE_URL is right", _open_and_look(settings, services, clock)),
+        ("broker", "see that KNELL_BROKER_URL and KNELL_BROKER_API_URL are right", look_at_broker(settings, services)),
+    ):
         try:
-            yield from look_at_store(settings, store, clock)
-            services = store.services()
-            yield from look_at_work(settings, store, services)
-        finally:
-            store.close()
-    except StoreUnavailable as error:
-        yield Finding(False, f"store: {error}", "see that it runs and that KNELL_STORE_URL is right")
-    yield from look_at_broker(settings, services)
+            yield from findings
+        except (KnellError, OSError) as error:
+            yield Finding(False, f"{part}: {error}", todo)
 
 
 def look_at_keys(settings: Settings) -> Iterator[Finding]:
     """The notice key, who can read it, and whether the trust list has it for what the notifier tells."""
-    if settings.embedded and settings.notice_key is not None and not settings.notice_key.exists():
-        yield Finding(True, f"keys: {settings.notice_key} is made when it is first needed")
-        return
+    if settings.embedded:
+        for path in (settings.notice_key, settings.trust):
+            if path is not None and not path.exists():  # reading either makes what is missing
+                yield Finding(True, f"keys: {path} is made when it is first needed")
+                return
     try:
         key = notice_key(settings)
     except InvalidSettings as error:
@@ -104,10 +106,7 @@ def look_at_work(settings: Settings, store: Store, services: list[ServiceInfo]) 
     Raises:
         StoreUnavailable: the store does not answer.
     """
-    if services:
-        yield Finding(True, f"services: {', '.join(service.name for service in services)}")
-    else:
-        yield Finding(False, "services: none is registered, so nobody is told", "`knell services add NAME`")
+    yield _registered(services)
     for service in services:
         if service.missed_since is not None:
             ago = store.time() - service.missed_since
@@ -121,6 +120,9 @@ def look_at_work(settings: Settings, store: Store, services: list[ServiceInfo]) 
 
 def look_at_broker(settings: Settings, services: list[ServiceInfo]) -> Iterator[Finding]:
     """Whether it answers, whether the topology and its policies are there, and the queue of each service."""
+    if settings.embedded and not (file := Path(settings.broker_url.removeprefix(f"{EMBEDDED_BROKER}:///"))).exists():
+        yield Finding(False, f"broker: there is no {file} yet: the embedded broker has not been used", APPLY)
+        return
     found = topology.check(settings, [service.name for service in services])
     yield from found
     if not found[0].ok:
@@ -147,6 +149,48 @@ def distrust(settings: Settings, key: SigningKey, iss: str, cause: Cause) -> str
         f"the trust list {settings.trust} does not let key {key.kid} tell that something of {iss!r} is {cause.value}: "
         "verifiers refuse it, but services will not act on the notice"
     )
+
+
+def _open_and_look(settings: Settings, services: list[ServiceInfo], clock: Callable[[], float]) -> Iterator[Finding]:
+    """Look at the store and at the work in it, and add to `services` who is registered."""
+    if (file := _unused_file(settings)) is not None:
+        folder = next(each for each in file.absolute().parents if each.exists())
+        fine = folder.is_dir() and os.access(folder, os.W_OK)
+        what = f"store: nothing is in {file} yet; it is made when it is first needed"
+        yield Finding(fine, what, "" if fine else f"see that {folder} is a folder that this account may write into")
+        yield _registered(services)
+        return
+    opened = open_store(
+        settings.store_url, namespace=settings.namespace, rules=settings.rules, partitions=settings.partitions
+    )
+    with closing(opened) as store:
+        yield from look_at_store(settings, store, clock)
+        services += store.services()
+        yield from look_at_work(settings, store, services)
+
+
+def _unused_file(settings: Settings) -> Path | None:
+    """The SQLite store's file, if to open the store would make it, or this namespace's tables in it."""
+    if not settings.store_url.startswith("sqlite:///"):
+        return None
+    from knell.stores.sql_schema import make_tables  # loads SQLAlchemy
+
+    file = Path(settings.store_url.removeprefix("sqlite:///").partition("?")[0])
+    if not file.exists():
+        return file
+    try:
+        with closing(sqlite3.connect(file)) as database:
+            name = make_tables(settings.namespace).meta.name
+            found = database.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (name,)).fetchone()
+    except sqlite3.Error:
+        return None  # the store says what is wrong with it
+    return None if found else file
+
+
+def _registered(services: list[ServiceInfo]) -> Finding:
+    if services:
+        return Finding(True, f"services: {', '.join(service.name for service in services)}")
+    return Finding(False, "services: none is registered, so nobody is told", "`knell services add NAME`")
 
 
 def _private(path: Path, key: SigningKey) -> Finding:

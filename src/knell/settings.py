@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from knell.errors import InvalidSettings
 
@@ -19,6 +19,14 @@ LONGEST_TIMER_SECONDS = 2.0**28 - 1
 _TOO_MUCH = 2.0**53
 # In their URLs the path is what counts.
 _OF_FILES = ("unix", "sqlite", EMBEDDED_BROKER)
+_OF_BROKERS = ("amqp", "amqps", "pyamqp", EMBEDDED_BROKER)
+# What a URL may tell redis-py. Some of what it also takes would change what Knell reads (decode_responses, protocol).
+_REDIS_OPTIONS = (
+    "client_name", "db", "health_check_interval", "max_connections", "password", "retry_on_timeout",
+    "socket_connect_timeout", "socket_keepalive", "socket_timeout", "ssl_ca_certs", "ssl_ca_path", "ssl_cert_reqs",
+    "ssl_certfile", "ssl_check_hostname", "ssl_keyfile", "ssl_password", "username",
+)  # fmt: skip
+_HEARTBEAT = re.compile(r"[0-9]{1,4}")
 # What a Redis Cluster has.
 _SLOTS = 16_384
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
@@ -63,11 +71,12 @@ class Settings:
     Attributes:
         namespace: keeps two environments on one server apart. KNELL_NAMESPACE, default "knell".
         home: where the embedded default keeps its files. KNELL_HOME, default ".knell".
-        broker_url: `amqp://`, `amqps://` (several separated by ";" fail over), or `knell+sqlite:///path`, the embedded
-            broker. KNELL_BROKER_URL, default the embedded one under `home`.
+        broker_url: `amqp://`, `amqps://` (several of one scheme, separated by ";", fail over), or
+            `knell+sqlite:///path`, the embedded broker. KNELL_BROKER_URL, default the embedded one under `home`.
         broker_api_url: RabbitMQ's management API, with credentials; used by `knell topology apply` and `doctor`.
             KNELL_BROKER_API_URL.
-        store_url: `redis://`, `rediss://`, `unix://` or `sqlite:///path`. KNELL_STORE_URL, default SQLite under `home`.
+        store_url: `redis://`, `rediss://`, `unix:///path` or `sqlite:///path`. KNELL_STORE_URL, default SQLite under
+            `home`.
         dedupe_url: where a service keeps what it has handled. KNELL_DEDUPE_URL, default the store's URL.
         trust: path of the trust list (a JWK Set whose keys also have `iss` and `causes`). KNELL_TRUST.
         notice_key: path of the PEM private key that signs notices. KNELL_NOTICE_KEY.
@@ -105,15 +114,10 @@ class Settings:
                 object.__setattr__(self, name, default)
         if not self.dedupe_url:
             object.__setattr__(self, "dedupe_url", self.store_url)
-        for name in ("broker_url", "broker_api_url", "store_url", "dedupe_url"):
-            given = getattr(self, name) or ""
-            for url in given.split(";") if name == "broker_url" else [given]:
-                _check_url(f"KNELL_{name.upper()}", url)
-        scheme = self.broker_url.partition(":")[0]
-        if scheme not in ("amqp", "amqps", "pyamqp", EMBEDDED_BROKER):
-            raise InvalidSettings(
-                f"KNELL_BROKER_URL has scheme {scheme!r}; use amqp://, amqps:// or {EMBEDDED_BROKER}:///path"
-            )
+        _check_broker_url(self.broker_url)
+        _check_url("KNELL_BROKER_API_URL", self.broker_api_url or "")
+        check_store_url("KNELL_STORE_URL", self.store_url)
+        check_store_url("KNELL_DEDUPE_URL", self.dedupe_url)
         if self.embedded:
             for name, file in (("notice_key", "notice-key.pem"), ("trust", "trust.json")):
                 if getattr(self, name) is None:
@@ -162,23 +166,104 @@ class Settings:
                         into[name] = kind(found[variable])
                     except ValueError:
                         raise InvalidSettings(f"{variable} is {found[variable]!r}; it must be a number") from None
-        return cls(**values, rules=Rules(**rules))
+        settings = cls(**values, rules=Rules(**rules))
+        _check_paths(settings)
+        return settings
 
 
-def _check_url(variable: str, url: str) -> None:
+def check_store_url(name: str, url: str) -> None:
+    """Refuse a store's URL that cannot be used. The text never shows it: a password may stand anywhere in it.
+
+    Args:
+        name: what the text calls it, such as "KNELL_STORE_URL".
+        url: `redis://`, `rediss://`, `unix:///path` or `sqlite:///path`.
+
+    Raises:
+        InvalidSettings: another scheme, no path, an unknown option, a value that cannot be read. Nothing is contacted.
+    """
+    _check_url(name, url)
+    scheme = urlsplit(url).scheme
+    if scheme == "sqlite":
+        _check_file_url(name, url, scheme)
+    elif scheme in ("redis", "rediss", "unix"):
+        _check_redis_url(name, url)
+    else:
+        raise InvalidSettings(f"{name} has scheme {scheme!r}; use redis://, rediss://, unix:///path or sqlite:///path")
+
+
+def _check_redis_url(name: str, url: str) -> None:
+    from redis import ConnectionPool, RedisError  # whoever gets here opens such a store; others do without
+
+    parts = urlsplit(url)
+    if parts.scheme == "unix" and (parts.netloc.rpartition("@")[2] or not parts.path):
+        raise InvalidSettings(f"{name} names no socket; use unix:///path")
+    options = [option for option, _ in parse_qsl(parts.query)]
+    for option in options:
+        if option not in _REDIS_OPTIONS:
+            raise InvalidSettings(f"{name} has an unknown option {option!r}; use {', '.join(_REDIS_OPTIONS)}")
+    try:
+        ConnectionPool.from_url(url).make_connection()  # an object; nothing is contacted
+    except (TypeError, ValueError, RedisError):
+        raise InvalidSettings(
+            f"{name} has an option with a value that cannot be used, or that {parts.scheme}:// does not have; "
+            f"look at {', '.join(options) or 'its path'}"
+        ) from None
+
+
+def _check_broker_url(url: str) -> None:
+    name, urls = "KNELL_BROKER_URL", url.split(";")
+    for each in urls:
+        _check_url(name, each)
+        parts = urlsplit(each)
+        if parts.scheme not in _OF_BROKERS:
+            raise InvalidSettings(
+                f"{name} has scheme {parts.scheme!r}; use amqp://, amqps:// or {EMBEDDED_BROKER}:///path"
+            )
+        if parts.scheme == EMBEDDED_BROKER:
+            _check_file_url(name, each, EMBEDDED_BROKER)
+        for option, value in parse_qsl(parts.query):
+            if option != "heartbeat" or not _HEARTBEAT.fullmatch(value):
+                raise InvalidSettings(
+                    f"{name} has an option {option!r} that cannot be used; the only one is heartbeat=SECONDS, 0 to 9999"
+                )
+    schemes = sorted({urlsplit(each).scheme for each in urls})
+    if len(schemes) > 1:
+        raise InvalidSettings(f"{name} mixes {':// and '.join(schemes)}://; use one scheme for every server")
+    if schemes == [EMBEDDED_BROKER] and len(urls) > 1:
+        raise InvalidSettings(f"{name} names several files; only servers, amqp:// or amqps://, fail over")
+
+
+def _check_file_url(name: str, url: str, scheme: str) -> None:
+    path = url.removeprefix(f"{scheme}:///").partition("?")[0]
+    if path in ("", ":memory:") or not url.startswith(f"{scheme}:///"):
+        raise InvalidSettings(f"{name} names no file, which several processes could share; use {scheme}:///path")
+
+
+def _check_url(name: str, url: str) -> None:
     # What reads it takes the first "/", "?" or "#" for the end of the host, so that the rest of a password would be a
     # path, which errors show.
     try:
         parts = urlsplit(url)
         _ = parts.port
+        (parts.hostname or "").encode("idna")  # as the look-up of the address will
         misread = parts.scheme not in _OF_FILES and "@" in url and "@" not in parts.netloc
     except ValueError:
         misread = True
     if misread:
         raise InvalidSettings(
-            f"{variable} cannot be read as a URL (it is not shown here: it may hold a password); "
+            f"{name} cannot be read as a URL (it is not shown here: it may hold a password); "
             "in a password, write / ? # @ ; and % as %2F %3F %23 %40 %3B %25"
         )
+
+
+def _check_paths(settings: Settings) -> None:
+    # Here and not where the values are made: this is what is there now, and may be otherwise tomorrow.
+    if settings.embedded and os.path.exists(settings.home) and not os.path.isdir(settings.home):
+        raise InvalidSettings(f"KNELL_HOME {settings.home} is a file; it must be a folder, or the name of a new one")
+    for name in ("trust", "notice_key", "health_file"):
+        path = getattr(settings, name)
+        if path is not None and os.path.isdir(path):
+            raise InvalidSettings(f"KNELL_{name.upper()} {path} is a folder; it must be a file")
 
 
 def check_service_name(name: str) -> str:

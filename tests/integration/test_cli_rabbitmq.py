@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +103,43 @@ def test_doctor_finds_what_apply_then_makes(knell: Knell, place: Settings, rabbi
     until(lambda: policy in wrong(knell("doctor", exit_code=1)), what="the missing policy is noticed")
     knell("topology", "apply")
     until(lambda: policy not in wrong(knell("doctor", exit_code=1)), what="the policy is back")
+
+
+def test_a_management_api_that_is_none_is_told(knell: Knell) -> None:
+    """A URL that cannot be one, or that something else answers at, is a row of doctor's, and one line of apply's."""
+    with _page() as url:
+        for given, said, exit_code in ((url, "no JSON", 3), ("ftp://u:hunter2@h", "must be http:// or https://", 2)):
+            found = wrong(knell("doctor", exit_code=1, KNELL_BROKER_API_URL=given))
+            assert any(said in each for each in found)
+            result = knell.run("topology", "apply", KNELL_BROKER_API_URL=given)
+            assert result.exit_code == exit_code
+            assert said in result.stderr
+            assert result.stderr.count("\n") == 1
+            assert "hunter2" not in result.output
+
+
+@contextmanager
+def _page() -> Iterator[str]:
+    """The URL of a web server that has a page for everything."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("content-length", 0)))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>hello</html>")
+
+        do_PUT = do_GET
+
+        def log_message(self, *_: object) -> None:
+            return
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
+        try:
+            yield f"http://u:hunter2@127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
 
 
 def test_apply_without_the_management_api_prints_the_command(knell: Knell, place: Settings) -> None:

@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import subprocess
 import sys
 import time
@@ -25,7 +26,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
-from knell import Cause, Issued, Issuer, Notice, Scope, Settings, TokenRef
+from knell import Cause, InvalidSettings, Issued, Issuer, Notice, Scope, Settings, TokenRef
 from knell.handlers.webhook import Webhook
 from knell.keys import SigningKey
 from services.sessions import TOMBSTONE_SECONDS, Sessions, end_missed, open_sessions
@@ -155,6 +156,30 @@ def test_tombstones_of_sqlite_leave_in_time(tmp_path: Path) -> None:
     now[0] += TOMBSTONE_SECONDS
     sessions.end(notice(Scope.SESSION, sid="another"))
     assert sessions.open(token()) is not None
+
+
+def test_the_sqlite_file_is_for_its_owner_alone(tmp_path: Path) -> None:
+    """A session's id opens the session: nobody else on the machine may read the file, or what SQLite puts beside it."""
+    path = tmp_path / "home" / "shop.db"
+    before = os.umask(0o022)
+    try:
+        sessions = SqliteSessions(path)
+        with sessions._writing() as db:
+            db.execute("DELETE FROM sessions")
+            modes = {each.name: stat.S_IMODE(each.stat().st_mode) for each in path.parent.iterdir()}
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert modes == dict.fromkeys(modes, 0o600)
+    assert "shop.db" in modes
+
+
+@pytest.mark.parametrize("url", ["rds://:hunter2@h", "sqlite://u:hunter2@h/db", "redis://:hunter2@h/0?bogus=1"])
+def test_a_url_for_sessions_that_cannot_be_used_is_not_shown(url: str, settings: Callable[..., Settings]) -> None:
+    """It is refused when it is opened, and the text has no password in it."""
+    with pytest.raises(InvalidSettings, match="the URL of the shop's sessions") as caught:
+        open_sessions(url, settings(), name="shop")
+    assert "hunter2" not in str(caught.value)
 
 
 def test_after_missed_notices_every_session_is_looked_up(sessions: Sessions, settings: Callable[..., Settings]) -> None:

@@ -17,6 +17,7 @@ import uvicorn
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
+from knell.integrations import asgi
 from knell.integrations.asgi import CLOSE_UNAUTHORIZED, KnellMiddleware, Message, Receive, Scope, Send
 from knell.verifier import AVAILABLE, Verifier
 from tests.unit.memory_feed import MemoryFeed, eventually, revocation
@@ -403,6 +404,129 @@ def test_an_application_that_closes_by_itself_is_not_closed_again(checker: Verif
         assert [message.get("code") for message in wire.sent] == [None, 1000]
 
     asyncio.run(scenario())
+
+
+def test_a_client_that_left_while_nobody_received_is_not_closed(checker: Verifier, feed: MemoryFeed) -> None:
+    """A disconnect that waits for the application to ask for it is the end: nothing is sent behind it."""
+
+    async def scenario() -> None:
+        wire = Wire()
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await receive()
+            await send({"type": "websocket.accept"})
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(receive(), 0.01)
+            wire.to_app.put_nowait({"type": "websocket.disconnect", "code": 1001})
+            ended, loop = asyncio.Event(), asyncio.get_running_loop()
+            # Watches are told in the order in which they were made: this one after the connection's.
+            with checker.watch(scope["knell.claims"], lambda _: loop.call_soon_threadsafe(ended.set)):
+                feed.revoke(revocation("token", "j1", now=time.time()))
+                await asyncio.wait_for(ended.wait(), 20)
+            assert wire.to_app.empty()
+            assert (await receive())["code"] == 4401
+
+        await KnellMiddleware(app, checker)(wire.scope(_token()), wire.receive, wire.send)
+        assert wire.types == ["accept"]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ConnectionResetError])
+def test_a_server_that_refuses_the_close_hurts_nobody(
+    checker: Verifier, feed: MemoryFeed, error: type[Exception]
+) -> None:
+    """What a server raises because the client has just left does not come out of the application."""
+
+    async def scenario() -> None:
+        wire = Wire()
+
+        async def send_to_nobody(message: Message) -> None:
+            await wire.send(message)
+            if message["type"] == "websocket.close":
+                raise error("Unexpected ASGI message 'websocket.close'")
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await receive()
+            await send({"type": "websocket.accept"})
+            feed.revoke(revocation("token", "j1", now=time.time()))
+            assert (await receive())["code"] == 4401
+
+        await KnellMiddleware(app, checker)(wire.scope(_token()), wire.receive, send_to_nobody)
+        assert wire.types == ["accept", "close"]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("blocked", ["websocket.send", "websocket.close"])
+def test_a_client_that_does_not_read_keeps_nobody_waiting(
+    checker: Verifier, feed: MemoryFeed, monkeypatch: pytest.MonkeyPatch, blocked: str
+) -> None:
+    """When a send does not return, the application's or that of the close, the application is still released."""
+    monkeypatch.setattr(asgi, "CLOSE_SECONDS", 0.05)
+    ended: list[str] = []
+
+    async def scenario() -> None:
+        wire = Wire()
+
+        async def send_to_the_deaf(message: Message) -> None:
+            await wire.send(message)
+            if message["type"] == blocked:
+                await asyncio.Event().wait()
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await receive()
+            await send({"type": "websocket.accept"})
+            feed.revoke(revocation("token", "j1", now=time.time()))
+            try:
+                if blocked == "websocket.send":
+                    await send({"type": "websocket.send", "text": "to nobody"})
+                assert (await receive())["code"] == 4401
+                ended.append("returned")
+            except asyncio.CancelledError:
+                ended.append("cancelled")
+                raise
+
+        run = KnellMiddleware(app, checker)(wire.scope(_token()), wire.receive, send_to_the_deaf)
+        await asyncio.wait_for(run, 20)
+        task = asyncio.current_task()
+        assert task is not None
+        assert task.cancelling() == 0
+
+    asyncio.run(scenario())
+    assert ended == ["cancelled" if blocked == "websocket.send" else "returned"]
+
+
+def test_a_client_that_does_not_read_on_a_real_server(
+    checker: Verifier, feed: MemoryFeed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An application whose sends a real server holds back is released when the token ends."""
+    monkeypatch.setattr(asgi, "CLOSE_SECONDS", 0.1)
+    blocked, released = threading.Event(), threading.Event()
+
+    async def flood(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await App()._lifespan(receive, send)
+            return
+        await receive()
+        await send({"type": "websocket.accept"})
+        try:
+            while True:
+                sending = asyncio.ensure_future(send({"type": "websocket.send", "bytes": bytes(2**20)}))
+                if not (await asyncio.wait([sending], timeout=1.0))[0]:
+                    blocked.set()
+                await sending
+        finally:
+            released.set()
+
+    async def scenario(port: int) -> None:
+        async with _ws(port, _token(), compression=None, max_queue=1, close_timeout=0.1):
+            assert await asyncio.to_thread(blocked.wait, 60)
+            feed.revoke(revocation("token", "j1", now=time.time()))
+            assert await asyncio.to_thread(released.wait, 20)
+
+    with _serve(KnellMiddleware(flood, checker)) as port:
+        asyncio.run(scenario(port))
 
 
 def test_an_error_of_the_application_is_not_hidden(checker: Verifier) -> None:

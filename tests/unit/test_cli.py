@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import sqlite3
 import stat
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from knell import checkup
+from knell.errors import InvalidSettings, StoreUnavailable
 from knell.keys import NOTICE_TYPE, SigningKey, TrustList
 from knell.notices import Cause, Receipt, batch_id_of_revocation
 from knell.settings import Settings
@@ -86,6 +92,68 @@ def test_a_store_that_is_away_exits_with_3(knell: Knell) -> None:
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("KNELL_STORE_URL", "redis://:hunter2@127.0.0.1:1/0?bogus=1"),
+        ("KNELL_STORE_URL", "rediss://:hunter2@127.0.0.1:1/0?ssl_cert_reqs=hunter2"),
+        ("KNELL_STORE_URL", "sqlite://u:hunter2@h/db"),
+        ("KNELL_DEDUPE_URL", "mysql://u:hunter2@h/db"),
+        ("KNELL_BROKER_URL", "amqp://u:hunter2@127.0.0.1:1/v?heartbeat=x"),
+        ("KNELL_BROKER_URL", "amqp://u:hunter2@127.0.0.1:1/v;redis://:hunter2@127.0.0.1:1/"),
+        ("KNELL_HOME", "{file}"),
+        ("KNELL_TRUST", "{folder}"),
+        ("KNELL_NOTICE_KEY", "{folder}"),
+    ],
+)
+@pytest.mark.parametrize("arguments", [("services", "add", "shop"), ("revoke", "session", "s1", "--iss", ISS)])
+def test_a_setting_that_cannot_be_used_is_one_line(
+    knell: Knell, tmp_path: Path, variable: str, value: str, arguments: tuple[str, ...]
+) -> None:
+    """Whatever a variable holds, the answer is one line that names it, shows no password, and exit code 2."""
+    file = tmp_path / "file"
+    file.touch()
+    result = knell.run(*arguments, **{variable: value.format(file=file, folder=tmp_path)})
+    assert result.exit_code == 2, result.output
+    assert re.fullmatch(f"error: {variable} .*\n", result.stderr)
+    assert "hunter2" not in result.output
+
+
+@pytest.mark.parametrize(("where", "exit_code"), [("KNELL_HOME", 2), ("KNELL_STORE_URL", 3), ("KNELL_BROKER_URL", 3)])
+def test_a_folder_that_cannot_be_made_is_one_line(
+    knell: Knell, tmp_path: Path, where: str, exit_code: int, place: Settings
+) -> None:
+    """Where a key, a store or an embedded broker cannot be made, the path is told without a traceback."""
+    (tmp_path / "file").touch()
+    below = tmp_path / "file" / "below"
+    scheme = {"KNELL_HOME": "", "KNELL_STORE_URL": "sqlite:///", "KNELL_BROKER_URL": "knell+sqlite:///"}[where]
+    files = {"KNELL_NOTICE_KEY": "", "KNELL_TRUST": ""} if where == "KNELL_HOME" else {}
+    arguments = ("revoke", "session", "s1", "--iss", ISS) if where == "KNELL_HOME" else ("services", "add", "shop")
+    result = knell.run(*arguments, **files, **{where: f"{scheme}{below / 'knell'}"})
+    assert result.exit_code == exit_code, result.output
+    assert str(below) in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("status", "\udcff"),
+        ("parked", "list", "--after", "\udcff"),
+        ("parked", "show", "x\udcff"),
+        ("parked", "list", "--limit", "99999999999999999999"),
+        ("parked", "list", "--limit", "0"),
+    ],
+)
+def test_an_argument_that_cannot_be_used_is_one_line(knell: Knell, arguments: tuple[str, ...]) -> None:
+    """Bytes that are no text, and numbers that no list has, are refused before anything is asked for."""
+    result = knell.run(*arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert not result.stdout
+
+
 def test_the_installed_command_logs_nothing_to_stdout(place: Settings) -> None:
     """The command as a process: what the library logs on the way is not on stdout, and an error is no traceback."""
     environ = {**environ_of(place), "KNELL_BROKER_URL": "amqp://127.0.0.1:1//"}
@@ -154,15 +222,15 @@ def test_topology_apply_needs_no_policies_when_embedded(knell: Knell) -> None:
 def test_revoke_is_recorded_and_its_status_told(knell: Knell, store: Store) -> None:
     """A revocation is on the denylist and in the notice log; status says who has applied it."""
     knell("services", "add", "shop")
-    revoked = knell(
-        "revoke", "subject", "alice", "--iss", ISS, "--reason", "left", "--issued-before", "2026-01-01T00:00:00Z"
-    )
+    cut_off = float(int(time.time()) - 3600)
+    written = datetime.fromtimestamp(cut_off, UTC).isoformat()
+    revoked = knell("revoke", "subject", "alice", "--iss", ISS, "--reason", "left", "--issued-before", written)
     assert revoked["recorded"] == "store"
     assert revoked["published"] is True
     assert revoked["services"]["shop"]["state"] == "waiting"
     kept = store.revocation(revoked["id"])
     assert kept is not None
-    assert (kept.value, kept.reason, kept.issued_before) == ("alice", "left", 1_767_225_600.0)
+    assert (kept.value, kept.reason, kept.issued_before) == ("alice", "left", cut_off)
     assert knell("status", revoked["id"], exit_code=1)["services"]["shop"] == {"state": "waiting", "at": None}
     receipt = Receipt(batch_id=batch_id_of_revocation(revoked["id"]), at=store.time(), done=(0,))
     store.receive([("shop", receipt)])
@@ -361,6 +429,13 @@ def test_keys_trust_adds_the_public_key_of_an_issuer(knell: Knell, tmp_path: Pat
     knell(*arguments, "--public", str(tmp_path / "key.pem"), "--algorithm", "EdDSA", exit_code=2)
 
 
+def test_keys_trust_says_what_a_key_may_tell_by_default(knell: Knell) -> None:
+    """The help of --cause is that of the command: an issuer's key may not tell everything."""
+    shown = " ".join(knell.run("keys", "trust", "--help").stdout.split())
+    assert "Default revoked and undone." in shown
+    assert "Default everything" not in shown
+
+
 # ---- doctor
 
 
@@ -392,6 +467,50 @@ def test_doctor_names_what_is_wrong(knell: Knell, place: Settings, store: Store)
     assert all(each["todo"] for each in found["checks"] if not each["ok"])
 
 
+def test_doctor_changes_nothing(knell: Knell, place: Settings, tmp_path: Path) -> None:
+    """On a default that was never used it says so, and makes no file; in a used one it makes no tables."""
+    found = knell("doctor", exit_code=1)
+    assert list(tmp_path.iterdir()) == []
+    assert checks(found, f"store: nothing is in {place.home / 'store.db'} yet") == [True]
+    assert checks(found, f"broker: there is no {place.home / 'broker.db'} yet") == [False]
+    assert checks(found, "services: none") == [False]
+    knell("services", "add", "shop")
+    assert sorted(each.name for each in place.home.iterdir()) == ["broker.db", "store.db"]
+    tables = _tables(place)
+    assert checks(knell("doctor"), "store: SQLite") == [True]
+    assert checks(knell("doctor", exit_code=1, KNELL_NAMESPACE="other"), "services: none") == [False]
+    assert _tables(place) == tables
+    assert sorted(each.name for each in place.home.iterdir()) == ["broker.db", "store.db"]
+    knell("revoke", "session", "s1", "--iss", ISS)
+    assert place.trust is not None
+    place.trust.unlink()
+    assert checks(knell("doctor"), f"keys: {place.trust} is made") == [True]
+    assert not place.trust.exists()
+
+
+def _tables(place: Settings) -> list[str]:
+    with closing(sqlite3.connect(place.home / "store.db")) as database:
+        return [name for (name,) in database.execute("SELECT name FROM sqlite_master ORDER BY name")]
+
+
+@pytest.mark.parametrize(
+    "error", [InvalidSettings("laid out otherwise"), StoreUnavailable("away"), OSError("not yours")]
+)
+def test_doctor_goes_on_past_a_store_that_cannot_be_used(
+    knell: Knell, store: Store, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Whatever is wrong with the store is a row of its own, and the rows after it are there."""
+
+    def fail(*_: object, **__: object) -> Store:
+        raise error
+
+    knell("topology", "apply")
+    monkeypatch.setattr(checkup, "open_store", fail)
+    found = knell("doctor", exit_code=1)
+    assert checks(found, f"store: {error}") == [False]
+    assert checks(found, "broker: every exchange and queue is there") == [True]
+
+
 def test_doctor_sees_a_service_without_a_queue(knell: Knell, store: Store) -> None:
     """A service that is registered and has no queue is not told."""
     knell("topology", "apply")
@@ -413,6 +532,9 @@ def test_doctor_sees_an_expiry_that_nobody_told(knell: Knell, store: Store) -> N
     [
         ("KNELL_PARTITIONS", "many", "settings: "),
         ("KNELL_STORE_URL", "redis://127.0.0.1:1/0", "store: "),
+        ("KNELL_STORE_URL", "redis://127.0.0.1:1/0?bogus=1", "settings: "),
+        ("KNELL_STORE_URL", "sqlite:////dev/null/store.db", "store: "),
+        ("KNELL_TRUST", "/dev", "settings: "),
         ("KNELL_BROKER_URL", "amqp://127.0.0.1:1//", "broker: "),
     ],
 )

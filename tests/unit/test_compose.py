@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -101,6 +102,48 @@ def test_every_web_can_be_imported(name: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+# A server's side of an ASGI lifespan; between its two halves, an error while a password is in a variable.
+LIFESPAN = """
+import asyncio, structlog, sys
+from uvicorn.importer import import_from_string
+
+app = import_from_string(sys.argv[1])
+assert not structlog.is_configured(), "whoever only imports it keeps a log of his own"
+
+def log_in(password):
+    try:
+        1 / 0
+    except ZeroDivisionError:
+        structlog.get_logger("a library").exception("login_failed")
+
+async def answer(message):
+    assert message["type"].endswith(".complete"), message
+    log_in(sys.argv[2])
+
+told = asyncio.Queue()
+for half in ("startup", "shutdown"):
+    told.put_nowait({"type": f"lifespan.{half}"})
+asyncio.run(app({"type": "lifespan", "state": {}}, told.get, answer))
+"""
+
+
+@pytest.mark.parametrize("name", [name for name in OURS if name.endswith("-web")])
+def test_no_web_logs_variables(name: str, tmp_path: Path) -> None:
+    """A traceback in a web's log has no variables in it: left to itself, structlog shows them."""
+    done = subprocess.run(
+        [sys.executable, "-c", LIFESPAN, OURS[name]["command"][1], "hunter2"],
+        cwd=ROOT,
+        env=environ(OURS[name], tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "hunter2" not in done.stdout + done.stderr
+    lines = [json.loads(line) for line in done.stderr.splitlines() if "login_failed" in line]
+    assert ["ZeroDivisionError" in line["exception"] for line in lines] == [True, True]
+
+
 @pytest.mark.parametrize("name", OURS)
 def test_settings_can_be_read(name: str, tmp_path: Path) -> None:
     """Every KNELL_ variable is a setting, and together they make Settings that are not embedded."""
@@ -135,6 +178,29 @@ def test_every_service_is_registered() -> None:
 def workers_order(name: str) -> int:
     """The order in which docker-compose.yml has the services."""
     return list(SERVICES).index(name)
+
+
+def test_accounts_says_in_one_line_what_is_wrong(tmp_path: Path) -> None:
+    """Whoever reads the log of `setup` finds a line, no traceback, and no password."""
+    given = environ(OURS["setup"], tmp_path) | {"SHOP_BROKER_PASSWORD": "hunter2"}
+    for changed, said in (
+        ({"KNELL_BROKER_API_URL": "http://knell:hunter2@127.0.0.1:1"}, "management API at http://127.0.0.1:1 did not"),
+        ({"KNELL_BROKER_API_URL": ""}, "KNELL_BROKER_API_URL is not set"),
+        ({"SHOP_BROKER_PASSWORD": ""}, "SHOP_BROKER_PASSWORD is not set"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "deploy/accounts.py", "shop"],
+            cwd=ROOT,
+            env=given | changed,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: ")
+        assert said in done.stderr
+        assert done.stderr.count("\n") == 1
+        assert "hunter2" not in done.stdout + done.stderr
 
 
 def test_nothing_secret_has_a_default() -> None:

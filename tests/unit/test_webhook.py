@@ -7,8 +7,10 @@ import base64
 import hashlib
 import hmac
 import json
+import re
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -146,13 +148,60 @@ def test_an_id_that_no_header_can_carry_is_replaced() -> None:
     assert webhook_id(odd).isalnum()
 
 
-@pytest.mark.parametrize(
-    "url", ["http://partner.example/h", "ftp://partner.example/", "partner.example", "https://", "http://[::1"]
-)
+def test_two_notices_never_share_an_id() -> None:
+    """A receiver drops what it has seen: idempotency keys that are alike still give different ids."""
+    keys = ["case.7", "case_7", "case-7", "r-case", "r-case_7", "case.7_0", "case_7.0", "r-case.7"]
+    batches = [f"r-{key}" for key in keys]
+    notices = [replace(NOTICE, batch_id=batch_id, n=n) for batch_id in batches for n in (0, 7, 70)]
+    ids = {webhook_id(notice) for notice in notices}
+    assert len(ids) == len(notices)
+    assert all(re.fullmatch("[A-Za-z0-9_-]+", each) for each in ids)
+
+
+@pytest.mark.parametrize("url", ["http://partner.example/h", "http://10.0.0.1/h", "http://localhost.example/h"])
 def test_a_url_that_others_can_read_is_refused(url: str) -> None:
     """Only https, except to this machine or where it is asked for."""
-    with pytest.raises(InvalidSettings):
+    with pytest.raises(InvalidSettings, match="is http, which anybody on the way can read"):
         Webhook(url, SECRET)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "ftp://partner.example/",
+        "partner.example",
+        "https://",
+        "http://[::1",
+        "https://h:abc/",
+        "https://h:99999/",
+        "https://h..example/",
+        "https://h/\x00",
+    ],
+)
+def test_a_url_that_cannot_be_used_is_refused_at_once(url: str) -> None:
+    """What no call could ever be made to fails when the handler is made, not with each notice."""
+    with pytest.raises(InvalidSettings, match="is no https URL"):
+        Webhook(url, SECRET)
+
+
+def test_a_loopback_webhook_needs_no_proxy(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """http to this machine goes straight there, whatever proxy the environment names."""
+    for variable in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(variable, f"http://127.0.0.1:{free_port()}")
+    for variable in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(variable, raising=False)
+    post(Webhook(receiver.url, SECRET))
+    assert len(receiver.got) == 1
+
+
+def test_a_webhook_to_elsewhere_goes_through_the_proxy(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A company's proxy is how other machines are reached."""
+    for variable in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(variable, receiver.url.partition("/hook")[0])
+    for variable in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(variable, raising=False)
+    post(Webhook("http://partner.invalid/h", SECRET, allow_http=True))
+    assert [headers["host"] for headers, _ in receiver.got] == ["partner.invalid"]
 
 
 def test_http_is_possible_where_it_is_asked_for() -> None:

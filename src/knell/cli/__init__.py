@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Annotated, Any
 
 import typer
@@ -10,13 +11,24 @@ from typer.core import TyperGroup
 
 from knell import logs
 from knell.cli import doctor, keys, parked, revocations, services, topology
-from knell.cli.output import Output, exit_code, output_of
+from knell.cli.output import Exit, Output, exit_code, output_of
 from knell.errors import KnellError
 
 __all__ = ["app", "main"]
 
-EXIT_CODES = """
-Settings come from KNELL_* variables; without any, Knell runs embedded, with its files under .knell/.
+EPILOG = """
+\b
+Settings are environment variables. Without any, Knell runs embedded: no
+server is needed, and everything is kept in files under .knell/.
+  KNELL_BROKER_URL      amqp:// or amqps://, of Knell's own virtual host
+  KNELL_BROKER_API_URL  RabbitMQ's management API, with an administrator's
+                        credentials: for `topology apply` and `doctor`
+  KNELL_STORE_URL       redis://, rediss://, unix:///path or sqlite:///path
+  KNELL_NOTICE_KEY      the private key that signs notices: for `revoke`,
+                        and for the notifier
+  KNELL_TRUST           the trust list: whose notices count
+  KNELL_NAMESPACE       keeps two environments on one server apart
+  KNELL_HOME            where the embedded default keeps its files
 
 \b
 Exit codes:
@@ -30,10 +42,14 @@ Exit codes:
 
 
 class KnellCommand(TyperGroup):
-    """The root command: turns Knell's errors into one line and an exit code, and takes --json anywhere."""
+    """The root command: turns what can go wrong into one line and an exit code, and takes --json anywhere."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read --json also where people write it: at the end."""
+        """Read --json also where people write it: at the end. What is no text ends the command."""
+        for arg in args:
+            if not _is_text(arg):
+                Output().error(f"the argument {os.fsencode(arg)!r} is no text; give it in UTF-8")
+                raise typer.Exit(Exit.WRONG)
         end = args.index("--") if "--" in args else len(args)
         if "--json" in args[:end]:
             args = ["--json", *(arg for arg in args[:end] if arg != "--json"), *args[end:]]
@@ -46,12 +62,27 @@ class KnellCommand(TyperGroup):
         except KnellError as error:
             output_of(ctx).error(str(error))
             raise typer.Exit(exit_code(error)) from None
+        except OSError as error:
+            if error.filename is None:
+                raise  # a pipe that nobody reads any more, which Typer ends quietly, or a bug
+            # A folder or a key file that this account may not read, or make.
+            output_of(ctx).error(f"{error.filename} cannot be used: {error.strerror}")
+            raise typer.Exit(Exit.WRONG) from None
+
+
+def _is_text(arg: str) -> bool:
+    # Bytes of a command line that are no UTF-8 arrive as surrogates, which neither a store nor JSON takes.
+    try:
+        arg.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 app = typer.Typer(
     name="knell",
     cls=KnellCommand,
-    epilog=EXIT_CODES,
+    epilog=EPILOG,
     no_args_is_help=True,
     # Plain help and plain usage errors: the same text on a terminal, in a pipe and in a log.
     rich_markup_mode=None,
@@ -63,17 +94,25 @@ app = typer.Typer(
 @app.callback()
 def root(
     context: typer.Context,
-    json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout, and nothing else there.")] = False,
+    json: Annotated[
+        bool,
+        typer.Option(
+            "--json", help="Answer with one JSON document on stdout. It may stand anywhere in the command line."
+        ),
+    ] = False,
 ) -> None:
-    """Knell tells every service that a token has expired or was revoked. This command runs a deployment of it."""
+    """Knell tells every service that a token has expired or was revoked, so that it ends the sessions that hung on it.
+
+    This command sets a deployment up, looks after it, and revokes by hand.
+    """
     context.obj = Output(as_json=json)
 
 
 app.command(name="doctor", short_help="Check the whole deployment, and say what to do.")(doctor.doctor)
 app.add_typer(topology.app, name="topology")
 app.add_typer(services.app, name="services")
-app.command(name="revoke", short_help="Revoke a token, a session, or all of a subject's.")(revocations.revoke)
-app.command(name="status", short_help="Which services have applied a revocation.")(revocations.status)
+app.command(name="revoke", short_help="Revoke a token, a session, or all of a subject's sessions.")(revocations.revoke)
+app.command(name="status", short_help="Say which services have applied a revocation.")(revocations.status)
 app.add_typer(parked.app, name="parked")
 app.add_typer(keys.app, name="keys")
 

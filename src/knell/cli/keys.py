@@ -16,26 +16,34 @@ from knell.notices import Cause
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Make signing keys, and say whose notices count.")
 
-TrustFile = Annotated[Path, typer.Option("--trust", help="The trust list, a JWK Set; made if it is missing.")]
+TrustFile = Annotated[
+    Path, typer.Option("--trust", metavar="FILE", help="The trust list, a JWK Set; made if it is missing.")
+]
 Issuers = Annotated[
     list[str] | None,
-    typer.Option("--iss", help="A token issuer that the key may speak for. Can be repeated. Default any."),
-]
-Causes = Annotated[
-    list[Cause] | None,
     typer.Option(
-        "--cause", help="What it may tell. Can be repeated. Default everything; with --iss revoked and undone."
+        "--iss", metavar="ISSUER", help="A token issuer that the key may speak for. Can be repeated. Default any."
     ),
 ]
+
+
+def _causes(default: str) -> Any:
+    return typer.Option(
+        "--cause",
+        metavar="CAUSE",
+        help=f"What it may tell: {', '.join(Cause)}. Can be repeated. Default {default}.",
+    )
 
 
 @app.command(short_help="Make a key and trust it.")
 def new(
     context: typer.Context,
-    private: Annotated[Path, typer.Option("--private", help="Where the private key goes; never overwritten.")],
+    private: Annotated[
+        Path, typer.Option("--private", metavar="FILE", help="Where the private key goes; never overwritten.")
+    ],
     trust: TrustFile,
     iss: Issuers = None,
-    cause: Causes = None,
+    cause: Annotated[list[Cause] | None, _causes("everything; with --iss, revoked and undone")] = None,
     if_missing: Annotated[
         bool, typer.Option("--if-missing", help="Keep a private key that is there, and see that it is trusted.")
     ] = False,
@@ -59,21 +67,28 @@ def new(
 @app.command(name="trust", short_help="Trust somebody else's public key.")
 def trust_(
     context: typer.Context,
-    public: Annotated[Path, typer.Option("--public", help="The public key, in PEM or as a JWK.")],
+    public: Annotated[Path, typer.Option("--public", metavar="FILE", help="The public key, in PEM or as a JWK.")],
     trust: TrustFile,
     iss: Issuers = None,
-    cause: Causes = None,
-    algorithm: Annotated[str | None, typer.Option(help="EdDSA, ES256 or RS256; a PEM does not say it.")] = None,
-    kid: Annotated[str | None, typer.Option(help="Its name. Default the JWK's, else its thumbprint.")] = None,
+    cause: Annotated[list[Cause] | None, _causes("revoked and undone")] = None,
+    algorithm: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="EdDSA, ES256 or RS256. Needed for a PEM, which does not say it."),
+    ] = None,
+    kid: Annotated[
+        str | None, typer.Option(metavar="KID", help="The key's name. Default the JWK's, else its thumbprint.")
+    ] = None,
 ) -> None:
     """Trust somebody else's public key: an issuer that signs its revocations with its token-signing key.
 
-    Without --cause it may tell of revocations (revoked, undone). Without --iss it may speak for any issuer.
+    Name its issuer with --iss: without it, the key may speak for any.
     """
     try:
         text = public.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"{public} cannot be read: {error}") from None
+    except OSError as error:
+        raise InvalidInput(f"{public} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InvalidInput(f"{public} is no text; give the public key in PEM or as a JWK") from None
     told = cause or [Cause.REVOKED, Cause.UNDONE]
     entry = keyfiles.public_entry(text, algorithm=algorithm, kid=kid, issuers=_issuers(iss), causes=told)
     keyfiles.trust_key(trust, entry)

@@ -19,19 +19,28 @@ from knell.store import Parked, Store
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="What services gave up on, kept with its error.")
 
+# Each may hold a signed notice of 500 entries, and all of an answer is in memory.
+MOST_LISTED = 10_000
+
 Ids = Annotated[list[str], typer.Argument(metavar="ID", help="As `knell parked list` prints them.")]
-ServiceName = Annotated[str | None, typer.Option("--service", help="Only what this service gave up on.")]
+ServiceName = Annotated[
+    str | None, typer.Option("--service", metavar="NAME", help="Only what this service gave up on.")
+]
 
 
 @app.command(name="list", short_help="List what is parked.")
 def list_(
     context: typer.Context,
     service: ServiceName = None,
-    after: Annotated[str, typer.Option(help="Begin behind this id.")] = "",
-    limit: Annotated[int, typer.Option(min=1, help="How many at most.")] = 100,
+    after: Annotated[
+        str, typer.Option(metavar="ID", help="Only entries behind this one: where the list before has ended.")
+    ] = "",
+    limit: Annotated[int, typer.Option(metavar="NUMBER", help=f"How many at most, 1 to {MOST_LISTED}.")] = 100,
 ) -> None:
     """List parked entries, in the order of their ids."""
     out = output_of(context)
+    if not 1 <= limit <= MOST_LISTED:
+        raise InvalidInput(f"--limit is {limit}; use 1 to {MOST_LISTED}, and --after for what follows")
     with opened_store(Settings.from_environ()) as store:
         if service is not None:
             check_registered(store, service)
@@ -45,7 +54,8 @@ def list_(
 
 @app.command(short_help="Show one entry.")
 def show(
-    context: typer.Context, parked_id: Annotated[str, typer.Argument(metavar="ID", help="As `list` prints it.")]
+    context: typer.Context,
+    parked_id: Annotated[str, typer.Argument(metavar="ID", help="As `knell parked list` prints it.")],
 ) -> None:
     """Show one parked entry: its error, and the notice or the message that it is."""
     with opened_store(Settings.from_environ()) as store:
@@ -68,11 +78,12 @@ def replay(
     context: typer.Context,
     ids: Annotated[list[str] | None, typer.Argument(metavar="ID", help="As `knell parked list` prints them.")] = None,
     service: ServiceName = None,
-    every: Annotated[bool, typer.Option("--all", help="All that the service gave up on.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="All that the service of --service gave up on.")] = False,
 ) -> None:
-    """Send parked entries to their service once more. Entries leave the list once the broker has confirmed them.
+    """Send parked entries to their service once more: those named, or with --service NAME --all, all of one service's.
 
-    With --service NAME --all, entries that cannot be replayed are left out and named, and the exit code is 1.
+    Entries leave the list once the broker has confirmed them. Of named ones, none is sent if one cannot be replayed;
+    with --all, such entries are left out and named, and the exit code is 1.
     """
     out = output_of(context)
     settings = Settings.from_environ()

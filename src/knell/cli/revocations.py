@@ -30,8 +30,13 @@ def revoke(
     value: Annotated[
         str, typer.Argument(metavar="VALUE", help="The token's jti, the session's sid, or the subject's sub.")
     ],
-    iss: Annotated[str, typer.Option("--iss", help="The issuer that it belongs to.")],
-    reason: Annotated[str | None, typer.Option(help="Why; shown to whoever is refused.")] = None,
+    iss: Annotated[
+        str,
+        typer.Option("--iss", metavar="ISSUER", help="Whose token, session or subject it is: the iss of its tokens."),
+    ],
+    reason: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Why. Services are told it, and whoever is refused.")
+    ] = None,
     initiating_entity: Annotated[InitiatingEntity, typer.Option(help="Who asked for it.")] = InitiatingEntity.ADMIN,
     issued_before: Annotated[
         str | None,
@@ -42,14 +47,20 @@ def revoke(
         ),
     ] = None,
     idempotency_key: Annotated[
-        str | None, typer.Option(help="The revocation's id; the same key twice is one revocation.")
+        str | None,
+        typer.Option(
+            metavar="KEY", help="The revocation's id; the same key twice is one revocation. Default a new one."
+        ),
     ] = None,
     wait_for: Annotated[
-        list[str] | None, typer.Option("--wait-for", metavar="SERVICE", help="Wait for it. Can be repeated.")
+        list[str] | None,
+        typer.Option("--wait-for", metavar="SERVICE", help="Wait until this service has applied it. Can be repeated."),
     ] = None,
-    timeout_seconds: Annotated[float, typer.Option(min=0, help="How long to wait.")] = 5.0,
+    timeout_seconds: Annotated[float, typer.Option(min=0, help="How long --wait-for waits, in all.")] = 5.0,
 ) -> None:
     """Refuse a token, a session, or all sessions of a subject that have begun, and tell every service.
+
+    Signs with the key of KNELL_NOTICE_KEY, and prints the revocation's id, which `knell status` takes.
 
     Exits with 1 if a service of --wait-for has not applied it within --timeout-seconds.
     """
@@ -81,7 +92,7 @@ def status(
     context: typer.Context,
     revocation_id: Annotated[str, typer.Argument(metavar="REVOCATION_ID", help="As `knell revoke` has printed it.")],
 ) -> None:
-    """Which services have applied a revocation, when, and which have not.
+    """Say which services have applied a revocation, when, and which have not.
 
     Exits with 1 if a service has not applied it, with 4 if there is no such revocation (or its record has gone).
     """

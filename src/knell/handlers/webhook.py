@@ -59,6 +59,9 @@ class Webhook:
     "session.ended" where the session ends too. The header webhook-id is the same each time a notice is sent: a notice
     that ends a token and its session, sent for both events, is one to a receiver that looks at it.
 
+    What the environment says of proxies and certificates (HTTPS_PROXY, NO_PROXY, SSL_CERT_FILE) holds, except for http
+    to a loopback address: a proxy would be another machine, to which nothing unencrypted is sent.
+
     Args:
         url: where to post. https, unless it is a loopback address.
         secret: `whsec_` and 24 to 64 bytes in base64. Several, the newest first, while one is being replaced.
@@ -82,7 +85,7 @@ class Webhook:
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._url = url
-        self._host = _checked_host(url, allow_http=allow_http)
+        self._host, self._stays_here = _checked(url, allow_http=allow_http)
         secrets = [secret] if isinstance(secret, str) else list(secret)
         if not secrets:
             raise InvalidSettings("no webhook secret was given; make one with 24 to 64 random bytes")
@@ -143,6 +146,7 @@ class Webhook:
                 follow_redirects=False,
                 limits=httpx.Limits(max_connections=MAX_CONNECTIONS),
                 transport=self._transport,
+                trust_env=not self._stays_here,
             )
         return client
 
@@ -167,9 +171,14 @@ def body_of(notice: Notice) -> dict[str, object]:
 
 
 def webhook_id(notice: Notice) -> str:
-    """The notice's id as a header can carry it; the specification's own separator, the full stop, is not in it."""
-    plain = notice.id.replace(".", "_")
-    return plain if re.fullmatch(r"[A-Za-z0-9_-]+", plain) else hashlib.sha256(notice.id.encode()).hexdigest()
+    """The notice's id as a header can carry it: two notices never share one.
+
+    The specification's own separator, the full stop, is not in it. An idempotency key may be any text: where it has
+    other characters than a UUID has, the id is a hash.
+    """
+    if re.fullmatch("[A-Za-z0-9-]+", notice.batch_id):
+        return f"{notice.batch_id}_{notice.n}"
+    return hashlib.sha256(notice.id.encode()).hexdigest()
 
 
 def _key(secret: str) -> bytes:
@@ -184,17 +193,23 @@ def _key(secret: str) -> bytes:
     return key
 
 
-def _checked_host(url: str, *, allow_http: bool) -> str:
+def _checked(url: str, *, allow_http: bool) -> tuple[str, bool]:
+    """The URL's host, and whether the URL is http to this machine."""
     try:
-        parts = urlsplit(url)
-        host = parts.hostname
-    except ValueError:
-        parts, host = urlsplit(""), None
-    if parts.scheme not in ("https", "http") or not host:
+        parsed = httpx.URL(url)
+        # These two would come to light at each call: a port that is out of range, a host name that is none.
+        _ = urlsplit(url).port
+        parsed.host.encode("idna")
+    except (httpx.InvalidURL, ValueError):
+        parsed = httpx.URL("")
+    host = parsed.host
+    if parsed.scheme not in ("https", "http") or not host:
+        # The URL itself is not shown: whoever knows it may be able to post.
         raise InvalidSettings("the webhook's URL is no https URL; use one like https://partner.example/hooks")
-    if parts.scheme == "http" and not allow_http and not _is_loopback(host):
+    stays_here = parsed.scheme == "http" and _is_loopback(host)
+    if parsed.scheme == "http" and not stays_here and not allow_http:
         raise InvalidSettings(f"the webhook to {host} is http, which anybody on the way can read; use https")
-    return host
+    return host, stays_here
 
 
 def _is_loopback(host: str) -> bool:

@@ -22,6 +22,8 @@ CLOSE_UNAUTHORIZED = 4401
 # RFC 6455's registry: try again later.
 CLOSE_TRY_AGAIN = 1013
 RETRY_AFTER_SECONDS = 5
+# How long the close of a WebSocket may take: a client that does not read keeps it, and the application, waiting.
+CLOSE_SECONDS = 5.0
 SUBPROTOCOL = "bearer"
 
 
@@ -32,7 +34,8 @@ class KnellMiddleware:
       is 401 with `WWW-Authenticate` (section 3), or 503 with `Retry-After` while the denylist is too old.
     - WebSocket: the token is that of `Authorization`, or the item after "bearer" in `Sec-WebSocket-Protocol`, which a
       browser can set: `new WebSocket(url, ["bearer", token])`. Refused before the handshake; and once open, closed with
-      code 4401 the moment the token or its session ends, when the application receives `websocket.disconnect`.
+      code 4401 the moment the token or its session ends, when the application receives `websocket.disconnect`. One that
+      is held in `send`, because the client does not read, is cancelled CLOSE_SECONDS later.
     - The claims are `scope["knell.claims"]`, and `knell_claims` of the scope's state, where the server has one.
     """
 
@@ -153,6 +156,7 @@ class _Connection:
         self._loop = asyncio.get_running_loop()
         self._end: asyncio.Future[Message] = self._loop.create_future()
         self._sending = asyncio.Lock()
+        self._running = asyncio.timeout(None)  # around the application: a deadline is how it is cancelled
         self._over = False  # closed by the application or by the client
         self._receiving: asyncio.Task[Message] | None = None
         self._closing: asyncio.Task[None] | None = None
@@ -165,9 +169,13 @@ class _Connection:
     async def run(self, app: App, scope: Scope) -> None:
         """Run the application on this connection."""
         try:
-            await app(scope, self._receive_for_app, self._send_for_app)
+            async with self._running:
+                await app(scope, self._receive_for_app, self._send_for_app)
         except _Ended:
             pass  # it did not catch what `send` raised; the connection is closed, as it should be
+        except TimeoutError:
+            if not self._running.expired():
+                raise  # the application's own
         finally:
             # From here on the server closes it, if it still is open; and an end must not begin to close it.
             self._end.cancel()
@@ -183,10 +191,17 @@ class _Connection:
             self._closing = self._loop.create_task(self._close(reason))
 
     async def _close(self, reason: str) -> None:
-        async with self._sending:
-            if not self._over:
-                with contextlib.suppress(OSError):  # the client has gone by itself
-                    await self._send({"type": "websocket.close", "code": CLOSE_UNAUTHORIZED, "reason": reason})
+        message = {"type": "websocket.close", "code": CLOSE_UNAUTHORIZED, "reason": reason}
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS), self._sending:
+                if not self._over:
+                    # To say that the client leaves at this moment, uvicorn's `websockets` raises a RuntimeError.
+                    with contextlib.suppress(OSError, RuntimeError):
+                        await self._send(message)
+        except TimeoutError:
+            if self._sending.locked():  # by a `send` of the application's that waits for the client to read
+                with contextlib.suppress(RuntimeError):  # it has returned; a task that it left behind is what sends
+                    self._running.reschedule(self._loop.time())
 
     async def _send_for_app(self, message: Message) -> None:
         async with self._sending:
@@ -202,15 +217,19 @@ class _Connection:
         if not self._end.done():
             if self._receiving is None:
                 # It outlives a call that the application cancels, so that no message is lost with it.
-                self._receiving = self._loop.create_task(_awaited(self._receive))
+                self._receiving = self._loop.create_task(self._next())
             await asyncio.wait([self._receiving, self._end], return_when=asyncio.FIRST_COMPLETED)
         if self._end.done():
             return dict(self._end.result())
         assert self._receiving is not None
         received, self._receiving = self._receiving.result(), None
-        if received["type"] == "websocket.disconnect":
-            self._over = True
         return received
+
+    async def _next(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "websocket.disconnect":
+            self._over = True  # whether or not the application ever asks for it
+        return message
 
 
 def bearer(scope: Scope) -> str | None:
@@ -237,10 +256,6 @@ def _with_claims(scope: Scope, claims: Mapping[str, Any]) -> dict[str, Any]:
     if "state" in scope:
         inner["state"] = {**scope["state"], "knell_claims": claims}
     return inner
-
-
-async def _awaited(receive: Receive) -> Message:
-    return await receive()
 
 
 def _short(end: TokenEnd | Exception) -> str:

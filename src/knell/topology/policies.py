@@ -86,7 +86,21 @@ def vhost_of(settings: Settings) -> str:
 
 
 def call_api(api_url: str, method: str, path: str, body: Any = None, *, absent_is_none: bool = False) -> Any:
-    """Call the management API; the decoded answer, None for an empty one. Raises BrokerUnavailable."""
+    """Call RabbitMQ's management API.
+
+    Args:
+        api_url: `http://` or `https://`, with the credentials of an account that may administer.
+        path: with every name in it quoted.
+        body: sent as JSON.
+        absent_is_none: answer None where the API says 404.
+
+    Returns:
+        The decoded answer; None for an empty one.
+
+    Raises:
+        InvalidSettings: the URL cannot be used.
+        BrokerUnavailable: the API did not answer, or refused.
+    """
     parts = urlsplit(api_url)
     if parts.scheme not in ("http", "https") or parts.hostname is None:
         raise InvalidSettings("KNELL_BROKER_API_URL must be http:// or https:// with a host, such as http://host:15672")
@@ -111,4 +125,9 @@ def call_api(api_url: str, method: str, path: str, body: Any = None, *, absent_i
             raise BrokerUnavailable(f"{method} {address}{path} answered {error.code} {error.reason}") from error
     except (OSError, http.client.HTTPException) as error:
         raise BrokerUnavailable(f"the management API at {address} did not answer: {error}") from error
-    return json.loads(text) if text else None
+    try:
+        return json.loads(text) if text else None
+    except ValueError:
+        raise BrokerUnavailable(
+            f"{method} {address}{path} answered something that is no JSON; is KNELL_BROKER_API_URL the management API?"
+        ) from None
