@@ -16,7 +16,7 @@ from kombu import Connection
 from kombu.exceptions import KombuError
 from kombu.message import Message
 
-from knell.errors import BrokerUnavailable, InvalidSettings
+from knell.errors import BrokerUnavailable
 from knell.settings import Settings
 
 # What kombu, py-amqp and SQLite raise when the broker does not do what it was asked.
@@ -148,11 +148,8 @@ def leave_compressed(channel: Any) -> None:
 
 
 def _tls(urls: Sequence[str]) -> dict[str, str | None] | None:
-    secure = {urlsplit(url).scheme == "amqps" for url in urls}
-    if len(secure) > 1:
-        raise InvalidSettings("KNELL_BROKER_URL mixes amqps:// with amqp://; use one of them for every server")
     # kombu puts the host's name in; without this entry py-amqp checks the certificate but not whose it is.
-    return {"server_hostname": None} if secure.pop() else None
+    return {"server_hostname": None} if urlsplit(urls[0]).scheme == "amqps" else None
 
 
 def _in_turn(alternates: Iterable[str], tls: dict[str, str | None] | None) -> Iterator[str]:

@@ -232,8 +232,7 @@ def notice_key(settings: Settings) -> SigningKey | None:
     """The EdDSA key that KNELL_NOTICE_KEY names; None if it names none. On the embedded default, made when missing."""
     if settings.notice_key is None:
         return None
-    if settings.embedded:
-        make_embedded_keys(settings)
+    make_embedded_keys(settings)
     try:
         pem = settings.notice_key.read_bytes()
     except OSError as error:
@@ -245,13 +244,25 @@ def trust_list(settings: Settings) -> TrustList:
     """The trust list that KNELL_TRUST names. On the embedded default, made when missing."""
     if settings.trust is None:
         raise InvalidSettings("KNELL_TRUST is not set; it names the file that says whose notices count")
-    if settings.embedded:
-        make_embedded_keys(settings)
+    make_embedded_keys(settings)
     return TrustList.load(settings.trust)
 
 
 def make_embedded_keys(settings: Settings) -> None:
-    """One key for everything under `home`, and a trust list that has it: for trying Knell, on one machine."""
+    """On the embedded default, where no other files are named: one key for everything, and a trust list that has it.
+
+    Raises:
+        InvalidSettings: they cannot be written.
+    """
+    if not settings.embedded or not settings.own_keys:
+        return
+    try:
+        _make_keys(settings)
+    except OSError as error:
+        raise InvalidSettings(f"no keys could be made in KNELL_HOME, {settings.home}: {error.strerror}") from None
+
+
+def _make_keys(settings: Settings) -> None:
     assert settings.trust is not None
     assert settings.notice_key is not None
     if settings.trust.exists() and settings.notice_key.exists():
@@ -270,9 +281,12 @@ def make_embedded_keys(settings: Settings) -> None:
     key = SigningKey.load(settings.notice_key.read_bytes(), algorithm="EdDSA")
     entry = trust_entry(key, issuers=[ANY_ISSUER], causes=list(Cause))
     half = settings.trust.with_suffix(f".{uuid4().hex}")
-    with half.open("x") as trusted:
-        trusted.write(json.dumps({"keys": [entry]}, indent=2))
-    half.replace(settings.trust)
+    try:
+        with half.open("x") as trusted:
+            trusted.write(json.dumps({"keys": [entry]}, indent=2))
+        half.replace(settings.trust)
+    finally:
+        half.unlink(missing_ok=True)
 
 
 def thumbprint(jwk: Mapping[str, Any]) -> str:

@@ -64,6 +64,10 @@ class Rules:
                 raise InvalidSettings(f"KNELL_{name.upper()} is {value}; it must be a finite number, 0 or more")
 
 
+# What the embedded default has under its home, by the setting that names it.
+_OWN_KEYS = {"notice_key": "notice-key.pem", "trust": "trust.json"}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """One deployment's settings. `Settings.from_environ()` reads them from `KNELL_*`.
@@ -119,7 +123,7 @@ class Settings:
         check_store_url("KNELL_STORE_URL", self.store_url)
         check_store_url("KNELL_DEDUPE_URL", self.dedupe_url)
         if self.embedded:
-            for name, file in (("notice_key", "notice-key.pem"), ("trust", "trust.json")):
+            for name, file in _OWN_KEYS.items():
                 if getattr(self, name) is None:
                     object.__setattr__(self, name, self.home / file)
         if not 0.1 <= self.sweep_interval_seconds < _TOO_MUCH:
@@ -135,6 +139,11 @@ class Settings:
     def embedded(self) -> bool:
         """True on the embedded default, where no broker server is needed."""
         return self.broker_url.startswith(f"{EMBEDDED_BROKER}:")
+
+    @property
+    def own_keys(self) -> bool:
+        """True if the notice key and the trust list are those under `home`, which are made when they are missing."""
+        return all(getattr(self, name) == self.home / file for name, file in _OWN_KEYS.items())
 
     @property
     def audience(self) -> str:
