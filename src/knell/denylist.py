@@ -7,7 +7,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator
 
 from knell.revocations import Revocation, Scope
-from knell.tokens import TokenRef
+from knell.tokens import MAX_TIME, TokenRef
 
 _Key = tuple[str, str]
 # One call of `prune` removes at most this many entries, so that a reader's thread is never held up for long.
@@ -26,7 +26,7 @@ class Denylist:
     """
 
     def __init__(self) -> None:
-        # The strongest revocation of each key: it refuses whatever any other one of that key refuses.
+        # The strongest revocation of each key: it refuses and tells whatever any other one of that key does.
         self._strongest: dict[Scope, dict[_Key, Revocation]] = {scope: {} for scope in Scope}
         self._tokens = self._strongest[Scope.TOKEN]
         self._sessions = self._strongest[Scope.SESSION]
@@ -117,6 +117,17 @@ class Denylist:
             heapq.heapify(self._timetable)
 
 
+def strength(revocation: Revocation) -> float:
+    """By this the revocations of one key are compared: the strongest refuses and tells whatever the others do.
+
+    Of two subjects the later cut-off refuses more. Of two tokens or sessions both refuse the same: one that tells of a
+    session's end goes before one that does not, and then the longer-lived one leads.
+    """
+    if revocation.issued_before is not None:
+        return revocation.issued_before
+    return revocation.expires_at + (MAX_TIME if "session" in revocation.ends else 0.0)
+
+
 _Ranked = tuple[float, str]
 
 
@@ -125,6 +136,4 @@ def _key(revocation: Revocation) -> _Key:
 
 
 def _rank(revocation: Revocation) -> _Ranked:
-    # Of two subjects the later cut-off refuses more. Of two absolute ones both refuse the same; the longer-lived leads.
-    strength = revocation.expires_at if revocation.issued_before is None else revocation.issued_before
-    return (strength, revocation.id)
+    return (strength(revocation), revocation.id)

@@ -214,7 +214,7 @@ class Follower:
                 if change.position <= mine.position:
                     continue  # another thread has applied it meanwhile
                 _apply(self.denylist, change)
-                self._cursor = Cursor(mine.epoch, change.position)
+                self._cursor = mine.after(change)
                 if self._on_change is not None:
                     self._on_change(change)
 
@@ -285,7 +285,7 @@ def _read_anew(feed: Feed) -> tuple[Denylist, Cursor]:
         changes = feed.changes(cursor, limit=PAGE)
         for change in changes:
             _apply(fresh, change)
-            cursor = Cursor(cursor.epoch, change.position)
+            cursor = cursor.after(change)
         if len(changes) < PAGE:
             return fresh, cursor
 

@@ -33,10 +33,22 @@ FEED_LENGTH = 100_000
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
-    """A place in the change feed. Positions count up by one, with no gaps, within an epoch."""
+    """A place in the change feed. Positions count up by one, with no gaps, within an epoch.
+
+    Attributes:
+        epoch: names the data and the server that it lies on; see `Feed.head`.
+        position: the last change that was read; 0 before the first.
+        revocation_id: of the change at that position: by it a feed that lost that change, and has another one there by
+            now, is noticed. None at position 0; elsewhere None leaves that unchecked.
+    """
 
     epoch: str
     position: int
+    revocation_id: str | None = None
+
+    def after(self, change: Change) -> Cursor:
+        """The place after a change that was read from here."""
+        return Cursor(self.epoch, change.position, change.revocation.id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +67,7 @@ class Tracked:
     Attributes:
         ref: the token.
         must_arm: the seconds that have no timer yet; the caller publishes one for each, then calls `armed`.
-        denied: the revocation that refuses it; the token is then not tracked. None if it is alive.
+        denied: the revocation that refuses it, or its predecessor; the token is then not tracked. None if it is alive.
         session_ended: True if it was to continue a session that has ended; the token is then not tracked.
         started: the start of its session as the store knows it: auth_time, else the first iat seen for (iss, sid).
     """
@@ -86,7 +98,8 @@ class Claimed:
 
     Attributes:
         n: its number in the record.
-        ref: the token; for a session's own due entry a TokenRef whose jti is "" and whose exp is the session's end.
+        ref: the token. For a session's own due entry a TokenRef whose jti is "" and whose exp is the session's end;
+            with its session_exp, and with sub and iat of the token that told its start.
         ends: "token", "session", or both.
         started: the start of its session, where known.
     """
@@ -106,12 +119,15 @@ class Claim:
         entries: what has ended, in the order of their numbers.
         rearm: seconds to which session entries were moved and that have no timer yet.
         more: True if the second still has members.
+        closed: the numbers of the tokens whose detach had closed their session's life. Such an entry ends the session,
+            should the revocation not have been made; it may be about to be recorded at this very moment.
     """
 
     batch_id: str
     entries: tuple[Claimed, ...]
     rearm: tuple[int, ...]
     more: bool
+    closed: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +177,7 @@ class Recorded:
     Attributes:
         cursor: its place in the change feed.
         created: False if the same revocation id was recorded before; nothing changed then.
-        services: the services that its notice waits for.
+        services: the services that its notice was recorded for.
     """
 
     cursor: Cursor
@@ -199,11 +215,14 @@ class Begun:
         granted: True if the caller holds the lease and may run.
         done: bitmap of the entries whose done mark is stored (bit n is entry n).
         parked: bitmap of the entries that were parked.
+        abandoned: the holder before, if its lease has run out and was never given back: that process has died over
+            the batch, or was cut off. None if it was given back, or was this caller's own.
     """
 
     granted: bool
     done: int
     parked: int
+    abandoned: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,7 +297,8 @@ class Feed(Protocol):
         reached and that nothing is newer.
 
         Raises:
-            CursorLost: the epoch is another one, or the feed was trimmed past the cursor.
+            CursorLost: the epoch is another one, the change at the cursor is another one (data was lost), or the feed
+                was trimmed up to the cursor.
         """
 
     def snapshot(self, *, after: int = 0, limit: int = 1000) -> list[Change]:
@@ -311,8 +331,8 @@ class Dedupe(Protocol):
         """Add done and parked marks (bitmaps, OR-ed to what is stored; `unparked` bits are taken out of parked) and
         renew the lease; a lease of 0 s gives it back.
 
-        The marks are stored even if the lease was lost; returns False in that case. Records live for the retention
-        plus a day.
+        The marks are stored even if another holder has the lease; returns False in that case. Records live for the
+        retention plus a day.
         """  # fmt: skip
 
     def close(self) -> None:
@@ -326,17 +346,30 @@ class Store(Feed, Dedupe, Protocol):
 
     # ---- tokens and sessions
 
-    def track(self, refs: Sequence[TokenRef], *, continuing: bool = False, reopen: bool = False) -> list[Tracked]:
-        """Record tokens, each under its expiry second and its session. One round trip for all of them.
+    def track(
+        self,
+        refs: Sequence[TokenRef],
+        *,
+        continuing: bool = False,
+        reopen: bool = False,
+        predecessor: str | None = None,
+    ) -> list[Tracked]:
+        """Record tokens, each under its expiry second and its session.
 
-        - A jti that is tracked already is moved to its new second.
+        One round trip for all of them; a second one if the denylist has anything on them.
+
+        - A jti that is tracked already is moved to its new second. One that was detached stays so, with the sid that it
+          had: only the token moves, and no session changes.
         - The first token of a (iss, sid) opens a life of the session; its start is auth_time, else iat.
         - A session with session_exp, or under a grace above 0, gets a due entry of its own at ceil(session_exp), or
           ceil(exp + grace); a later token does not move it (a claim does).
         - `continuing`: the token carries a session on. If (iss, sid) has no open life the answer says session_ended
           and nothing is recorded, unless `reopen`.
-        - After the write, the denylist is looked at (with the session's start): a token that is refused is untracked,
-          as if it had never been there, and the answer says which revocation it was.
+        - `predecessor`: the jti, of the same issuer, that a session is carried on from. If that token is revoked, the
+          answer is denied, whatever else is true, and nothing is recorded: what was stolen is not refreshed.
+        - A token that the denylist refuses (with the session's start) is not recorded, and the answer says which
+          revocation it was. If it was tracked before it is taken out, as if it had never been there; unless its
+          session's end hangs on its entry, and that revocation tells of the token alone: then it stays as it was.
         - A second is in must_arm unless its timer is confirmed, or was handed to a publisher less than
           ARM_LEASE_SECONDS ago; one that is due within IMMEDIATE_SECONDS always is. Each second is in must_arm of at
           most one answer of a call.
@@ -358,10 +391,17 @@ class Store(Feed, Dedupe, Protocol):
         """
 
     def attach(self, iss: str, jti: str, *, revocation_id: str) -> None:
-        """Take `detach` back: the revocation was not made. No effect if the token was claimed meanwhile."""
+        """Take `detach` back: the revocation was not made. No effect if the token was claimed meanwhile.
+
+        The token counts again in its own life, if that is open; a life that this detach closed is opened again, or, if
+        a new one was opened meanwhile, the token joins that.
+        """
 
     def session(self, iss: str, sid: str) -> float | None:
-        """The start of a session with an open life; None if it has none."""
+        """The start of a session with an open life; None if it has none.
+
+        0.0 if none of its tokens told a time: it is older than any cut-off.
+        """
 
     def claim(self, second: int, *, services: Sequence[str], limit: int = 500) -> Claim | None:
         """Take up to `limit` members out of a second and record them in the notice log, in one atomic step.
@@ -373,7 +413,8 @@ class Store(Feed, Dedupe, Protocol):
         - A session's due entry: if its session_exp, or the last exp seen for it plus grace, is later than this second,
           it is moved there (see `Claim.rearm`) and makes no entry. Otherwise one entry that ends the session, and its
           record goes. If the session's record has gone, no entry.
-        - The record waits for `services`. With none, the members are taken out and nothing is recorded.
+        - The record waits for `services`, without those that were removed meanwhile. With none, the members are taken
+          out and nothing is recorded.
         - The claim that empties a second removes it and its timer state.
 
         Returns:
@@ -393,7 +434,7 @@ class Store(Feed, Dedupe, Protocol):
         """
 
     def revocation(self, revocation_id: str) -> Revocation | None:
-        """A revocation whose denylist entry lives, by its id."""
+        """A revocation whose denylist entry lives, by its id; None once it has expired, pruned or not."""
 
     def status(self, revocation_id: str) -> Mapping[str, ServiceStatus] | None:
         """Who has applied a revocation, who has not. None if its record is unknown, or gone after the retention."""
@@ -411,7 +452,7 @@ class Store(Feed, Dedupe, Protocol):
 
         Each is handed out to one caller, and comes up again after FIRST_RESEND_SECONDS, doubled with each attempt up
         to LONGEST_RESEND_SECONDS. An expiry or revocation first comes up FIRST_RESEND_SECONDS after it was recorded; a
-        "missed" at once.
+        "missed" at once. A record that cannot be read is left out, and logged the first time.
         """
 
     def resend_at(self, batch_ids: Collection[str], at: float) -> None:
@@ -438,7 +479,11 @@ class Store(Feed, Dedupe, Protocol):
         """The registered services, by name."""
 
     def mark_missed(self, service: str, since: float) -> None:
-        """Notices for a service were dropped: open a "missed" record for it, or let its open one begin earlier."""
+        """Notices for a service were dropped: open a "missed" record for it, or let its open one begin earlier.
+
+        One that was sent before gets a new id, so that a receipt for that copy does not close it, and keeps its turn.
+        A service that is not registered has missed nothing.
+        """
 
     # ---- parked entries
 

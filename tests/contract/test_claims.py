@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import pytest
 
+from knell.denylist import Denylist
 from knell.errors import NotDue
 from knell.notices import partition_of_batch
 from knell.settings import Rules
 from knell.store import Store
 from tests.contract.conftest import MakeStore
-from tests.contract.making import BEGAN, BOTH, Clock, claim_all, claim_one, entries, open_again, token, told
+from tests.contract.making import (
+    BEGAN,
+    BOTH,
+    ISS,
+    SESSION,
+    Clock,
+    claim_all,
+    claim_one,
+    entries,
+    open_again,
+    revocation,
+    token,
+    told,
+)
 
 BASE = int(BEGAN)
 
@@ -73,6 +87,31 @@ def test_without_services_the_members_are_taken_out_and_nothing_is_recorded(stor
     assert store.session(token().iss, "s1") is None
     clock.advance(100_000)
     assert store.open_notices() == []
+
+
+def test_services_that_were_removed_meanwhile_are_not_waited_for(store: Store, clock: Clock) -> None:
+    """A claim names the services that there were when it asked; those that have gone since are told nothing."""
+    store.add_service("shop")
+    store.add_service("partner")
+    store.track([token("t1"), token("t2", ends_in=61)])
+    clock.reach(BEGAN + 61)
+    store.remove_service("shop")
+    both = claim_one(store, BASE + 60, services=["shop", "partner"])
+    claim_one(store, BASE + 61, services=["shop"])
+    clock.advance(100)
+    assert [(notice.batch_id, set(notice.waiting)) for notice in store.open_notices()] == [(both.batch_id, {"partner"})]
+
+
+def test_a_record_with_much_text_is_whole(store: Store, clock: Clock) -> None:
+    """500 tokens of 500 issuers and clients, with more than 64 KiB of distinct text, are told and settled as any."""
+    store.track(
+        [token(f"t{n}", iss=f"https://{n:03}.example/{'x' * 90}", client_id=f"{n:03}{'y' * 90}") for n in range(500)]
+    )
+    clock.reach(BEGAN + 60)
+    claim = claim_one(store, BASE + 60)
+    assert len({(entry.ref.iss, entry.ref.client_id) for entry in claim.entries}) == 500
+    store.settle(claim.batch_id, dead=range(250))
+    assert open_again(store, claim.batch_id)[claim.batch_id].entries == claim.entries[250:]
 
 
 def test_a_large_second_is_claimed_in_pages(store: Store, clock: Clock) -> None:
@@ -148,3 +187,41 @@ def test_started_is_told_where_it_is_known(store: Store, clock: Clock) -> None:
     clock.reach(BEGAN + 60)
     started = {entry.ref.jti: entry.started for entry in claim_one(store, BASE + 60).entries}
     assert started == {"t1": BEGAN + 1, "t2": BEGAN + 1, "t3": None}
+
+
+def test_what_a_detach_has_closed_is_named(store: Store, clock: Clock) -> None:
+    """A claim says which entries end their session because a detach closed it: their revocation may be on its way."""
+    store.track([token("t1", sid="s1"), token("t2", sid="s2"), token("t3", sid="s2"), token("t4", sid="s4")])
+    assert store.detach(ISS, "t1", revocation_id="r1").ends_session
+    assert not store.detach(ISS, "t2", revocation_id="r2").ends_session
+    store.detach(ISS, "t4", revocation_id="r4")
+    store.attach(ISS, "t4", revocation_id="r4")
+    clock.reach(BEGAN + 60)
+    claim = claim_one(store, BASE + 60)
+    assert {entry.ref.jti for entry in claim.entries if entry.n in claim.closed} == {"t1"}
+    assert told([claim])["t1", "s1"] == BOTH
+
+
+def test_a_life_that_was_opened_again_is_not_named_as_closed(store: Store, clock: Clock) -> None:
+    """The token that closed an earlier life of its session ends only itself."""
+    store.track([token("t1", sid="s1")])
+    store.detach(ISS, "t1", revocation_id="r1")
+    store.track([token("t2", sid="s1", ends_in=90)])
+    clock.reach(BEGAN + 60)
+    assert claim_one(store, BASE + 60).closed == frozenset()
+
+
+@pytest.mark.parametrize("session_comes_later", [False, True])
+def test_a_whole_second_auth_time_is_decided_by_iat(store: Store, clock: Clock, session_comes_later: bool) -> None:
+    """A session that began in the cut-off's second, but after it, is not told by that revocation: its end is."""
+    first = token("t1", sid="s1", sub="alice", iat=BEGAN + 0.9, auth_time=BEGAN, session_exp=BEGAN + 90)
+    if session_comes_later:
+        store.track([first.replace(jti="t0", exp=BEGAN + 50, session_exp=None)])
+        first = first.replace(iat=BEGAN + 30)
+    store.track([first])
+    denylist = Denylist()
+    denylist.add(revocation("subject", "alice", now=BEGAN + 1, issued_before=BEGAN + 0.5))
+    clock.reach(BEGAN + 90)
+    [entry] = claim_one(store, BASE + 90).entries
+    assert (entry.ends, entry.started, entry.ref.iat) == (SESSION, BEGAN, BEGAN + 0.9)
+    assert denylist.find(entry.ref, started=entry.started) is None

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from knell.notices import Receipt
-from knell.store import Claim, Cursor, Store
+from knell.store import Claim, Store
 from tests.contract.conftest import MakeStore
 from tests.contract.making import (
     BEGAN,
@@ -94,12 +94,12 @@ def test_revocations_of_several_processes_are_visible_in_order(make_store: MakeS
 
     def read() -> list[int]:
         seen: list[int] = []
-        position = cursor.position
+        at = cursor
         while len(seen) < 75:
-            for change in reader.changes(Cursor(cursor.epoch, position), wait_seconds=20, limit=7):
-                assert change.position == position + 1
-                position = change.position
-                seen.append(position)
+            for change in reader.changes(at, wait_seconds=20, limit=7):
+                assert change.position == at.position + 1
+                at = at.after(change)
+                seen.append(at.position)
         return seen
 
     *written, seen = together(write(0), write(1), write(2), read)

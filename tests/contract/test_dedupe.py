@@ -72,6 +72,27 @@ def test_a_lease_of_0_gives_it_back(store: Store) -> None:
     assert store.begin("shop", "e0-1", holder="b", lease_seconds=30) == Begun(True, 1, 0)
 
 
+def test_a_lease_that_was_never_given_back_was_abandoned(store: Store, clock: Clock) -> None:
+    """Whoever takes it over learns which process died over the batch before it; whoever begins again does not."""
+    store.begin("shop", "e0-1", holder="a", lease_seconds=10)
+    assert store.begin("shop", "e0-1", holder="b", lease_seconds=10).abandoned is None
+    clock.advance(11)
+    assert store.begin("shop", "e0-1", holder="a", lease_seconds=10).abandoned is None
+    clock.advance(11)
+    assert store.begin("shop", "e0-1", holder="b", lease_seconds=10) == Begun(True, 0, 0, abandoned="a")
+    assert store.mark("shop", "e0-1", holder="b", done=1, lease_seconds=0)
+    clock.advance(11)
+    assert store.begin("shop", "e0-1", holder="c", lease_seconds=10) == Begun(True, 1, 0)
+
+
+def test_a_lease_that_was_given_back_has_run_out_by_any_clock(store: Store, clock: Clock) -> None:
+    """A clock that steps back does not bring it to life again."""
+    store.begin("shop", "e0-1", holder="a", lease_seconds=30)
+    store.mark("shop", "e0-1", holder="a", done=1, lease_seconds=0)
+    clock.advance(-60)
+    assert store.begin("shop", "e0-1", holder="b", lease_seconds=30).granted
+
+
 def test_marks_are_stored_although_the_lease_was_lost(store: Store, clock: Clock) -> None:
     """The answer is False then, and the other holder's lease is not touched."""
     store.begin("shop", "e0-1", holder="a", lease_seconds=10)

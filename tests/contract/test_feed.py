@@ -12,7 +12,7 @@ from knell.notices import Receipt, batch_id_of_revocation
 from knell.settings import Rules
 from knell.store import Cursor, ServiceStatus, Store
 from tests.contract.conftest import MakeStore
-from tests.contract.making import BEGAN, Clock, done, open_again, record, revocation, set_everywhere
+from tests.contract.making import BEGAN, Clock, done, open_again, record, revocation, set_everywhere, token
 
 
 def test_an_empty_feed_is_at_position_0(store: Store) -> None:
@@ -39,7 +39,7 @@ def test_revoke_is_in_denylist_feed_and_log(store: Store) -> None:
     recorded = record(store, made, jws="the.signed.notice")
     assert recorded.created
     assert set(recorded.services) == {"shop", "partner"}
-    assert recorded.cursor == store.head() == Cursor(store.head().epoch, 1)
+    assert recorded.cursor == store.head() == Cursor(store.head().epoch, 1, made.id)
     [change] = store.changes(Cursor(recorded.cursor.epoch, 0))
     assert (change.position, change.kind, change.revocation) == (1, "revoked", made)
     assert store.snapshot() == [change]
@@ -67,6 +67,15 @@ def test_recording_the_same_id_twice_is_one_revocation(store: Store, clock: Cloc
     assert open_again(store, "r-key-1")["r-key-1"].jws == "first"
 
 
+def test_a_repetition_names_the_services_that_the_first_was_for(store: Store) -> None:
+    """The second answer is as the first, whatever the services have done meanwhile."""
+    store.add_service("shop")
+    made = revocation("session", "s1")
+    assert record(store, made).services == ("shop",)
+    done(store, "shop", batch_id_of_revocation(made.id))
+    assert record(store, made).services == ("shop",)
+
+
 def test_every_field_of_a_revocation_is_kept(store: Store) -> None:
     """A revocation comes back from denylist, feed and snapshot as it went in."""
     made = revocation("token", "t1", exp=BEGAN + 60.5, reason="ä" * 100, ends=frozenset({"token"}))
@@ -90,7 +99,7 @@ def test_changes_are_read_on_from_a_cursor_in_pages(store: Store) -> None:
     found = []
     while page := store.changes(cursor, limit=10):
         found += page
-        cursor = Cursor(cursor.epoch, page[-1].position)
+        cursor = cursor.after(page[-1])
     assert [change.position for change in found] == list(range(1, 26))
     assert [change.revocation for change in found] == made
     assert cursor == store.head()
@@ -141,6 +150,33 @@ def test_another_epoch_is_lost(store: Store) -> None:
     assert ahead.value.went_back
 
 
+def test_a_cursor_whose_change_is_another_one_went_back(store: Store) -> None:
+    """A feed that lost changes and has as many new ones by now is found out by the change at the cursor."""
+    made = [revocation("token", f"t{n}") for n in range(3)]
+    for one in made:
+        record(store, one)
+    cursor = Cursor(store.head().epoch, 0).after(store.changes(Cursor(store.head().epoch, 0), limit=1)[0])
+    assert cursor.revocation_id == made[0].id
+    assert [change.revocation for change in store.changes(cursor)] == made[1:]
+    for position in (2, 3):
+        with pytest.raises(CursorLost) as lost:
+            store.changes(Cursor(cursor.epoch, position, made[0].id))
+        assert lost.value.went_back
+
+
+def test_a_cursor_is_judged_by_its_change_in_another_epoch_too(store: Store) -> None:
+    """When the server is another one, the change at the cursor tells whether its data is the same."""
+    record(store, revocation("token", "t1"))
+    head = store.head()
+    another_server = head.epoch.partition(".")[0] + ".another"
+    with pytest.raises(CursorLost) as restarted:
+        store.changes(Cursor(another_server, 1, head.revocation_id))
+    assert not restarted.value.went_back
+    with pytest.raises(CursorLost) as replaced:
+        store.changes(Cursor(another_server, 1, "lost"))
+    assert replaced.value.went_back
+
+
 def test_the_epoch_is_the_same_for_every_process(make_store: MakeStore) -> None:
     """Two stores on the same data agree on epoch and head."""
     one, two = make_store(), make_store()
@@ -161,6 +197,9 @@ def test_a_trimmed_feed_loses_old_cursors_only(store: Store, clock: Clock, monke
     with pytest.raises(CursorLost):
         store.changes(Cursor(start.epoch, 6))
     assert [change.position for change in store.changes(Cursor(start.epoch, 7))] == [8, 9, 10, 11, 12]
+    with pytest.raises(CursorLost) as unproven:
+        store.changes(Cursor(start.epoch, 7, "trimmed, so that nobody can compare it"))
+    assert not unproven.value.went_back
     assert len(store.snapshot()) == 12
     assert store.head().position == 12
 
@@ -244,9 +283,11 @@ def test_a_revocation_without_services_has_a_status(store: Store, clock: Clock) 
 
 
 def test_an_entry_past_its_time_is_read_until_it_is_pruned(store: Store, clock: Clock) -> None:
-    """A notifier that starts after an outage still learns what was told before it."""
-    record(store, revocation("token", "t1", exp=BEGAN + 50))
+    """A notifier that starts after an outage still learns what was told before it; nothing is refused by it."""
+    record(store, revocation("token", "t1", exp=BEGAN + 50, id="short"))
     clock.reach(BEGAN + 600)
     assert [change.revocation.value for change in store.snapshot()] == ["t1"]
+    assert store.revocation("short") is None
+    assert store.track([token("t1", ends_in=900)])[0].denied is None
     store.prune()
     assert store.snapshot() == []

@@ -60,6 +60,21 @@ def test_unpark_says_how_many_there_were(store: Store) -> None:
     assert [one.id for one in store.parked()] == ["b"]
 
 
+def test_entries_of_one_batch_share_their_jws(store: Store, clock: Clock) -> None:
+    """However entries come and go, each that is left has its whole JWS."""
+    store.park([parked(f"one/{n}", jws="j" * 1000, at=BEGAN + n) for n in range(4)])
+    store.park([parked("two/0", jws="k" * 1000), parked("one/0", jws="k" * 1000, at=BEGAN)])
+    store.unpark(["one/1", "two/0"])
+    assert [(one.id, one.jws) for one in store.parked()] == [
+        ("one/0", "k" * 1000),
+        ("one/2", "j" * 1000),
+        ("one/3", "j" * 1000),
+    ]
+    clock.reach(BEGAN + 2.5 + Rules().retention_seconds)
+    assert store.prune().parked == 2
+    assert [(one.id, one.jws) for one in store.parked()] == [("one/3", "j" * 1000)]
+
+
 # ---- leases
 
 

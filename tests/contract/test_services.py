@@ -161,3 +161,25 @@ def test_what_was_missed_after_the_record_was_sent_is_not_lost(store: Store, clo
     store.mark_missed("shop", BEGAN - 90)
     done(store, "shop", sent.batch_id)
     assert store.services()[0].missed_since == BEGAN - 90
+
+
+def test_a_mark_that_is_renewed_keeps_its_turn(store: Store, clock: Clock) -> None:
+    """A service that stays away, and misses more and more, is told with backoff and not at each mark."""
+    store.add_service("shop")
+    handed_out = []
+    for n in range(8):
+        store.mark_missed("shop", BEGAN - n)
+        handed_out += [(n, notice.since, notice.attempts) for notice in store.open_notices()]
+        clock.advance(FIRST_RESEND_SECONDS / 3)
+    assert handed_out == [(0, BEGAN, 1), (3, BEGAN - 3, 2)]
+
+
+def test_a_service_that_is_not_registered_has_missed_nothing(store: Store) -> None:
+    """A mark for it is ignored, whether it was removed or never was there."""
+    store.add_service("removed")
+    store.remove_service("removed")
+    for name in ("never", "removed"):
+        store.mark_missed(name, BEGAN)
+    assert store.open_notices() == []
+    store.add_service("never")
+    assert store.services()[0].missed_since is None

@@ -22,6 +22,13 @@ def test_the_first_token_opens_a_life(store: Store) -> None:
     assert store.session("https://other.example", "s1") is None
 
 
+def test_a_session_that_told_no_time_is_open(store: Store) -> None:
+    """With neither auth_time nor iat a session is older than anything, and it is open."""
+    store.track([token("t1", sid="s1", iat=None)])
+    assert store.session(ISS, "s1") == 0.0
+    assert not store.track([token("t2", sid="s1", iat=None)], continuing=True)[0].session_ended
+
+
 def test_continuing_needs_an_open_life(store: Store) -> None:
     """A token that would carry on a session without an open life is refused and not recorded."""
     [answer] = store.track([token("t1", sid="s1")], continuing=True)
@@ -200,6 +207,37 @@ def test_a_denied_token_leaves_the_session_as_it_was(store: Store, clock: Clock)
     assert told([claim_one(store, BASE + 60)]) == {("t1", "s1"): BOTH}
 
 
+def test_a_denied_token_keeps_the_end_that_nobody_else_tells(store: Store, clock: Clock) -> None:
+    """A revocation of the token alone, found when it is tracked again, does not swallow the end of its session."""
+    store.track([token("t1", sid="s1")])
+    record(store, revocation("token", "t1", ends=TOKEN))
+    assert store.track([token("t1", sid="s1", ends_in=90)])[0].denied is not None
+    assert store.session(ISS, "s1") == BEGAN
+    assert store.due(before=BEGAN + 1000) == [BASE + 60]
+    clock.reach(BEGAN + 60)
+    assert told([claim_one(store, BASE + 60)]) == {("t1", "s1"): BOTH}
+
+
+def test_a_denied_token_keeps_the_end_that_an_unfinished_revocation_left_it(store: Store, clock: Clock) -> None:
+    """A detach that closed the life, and died, left the end to the token's entry; a second revocation tells it not."""
+    store.track([token("t1", sid="s1")])
+    assert store.detach(ISS, "t1", revocation_id="died").ends_session
+    assert not store.detach(ISS, "t1", revocation_id="r2").ends_session
+    record(store, revocation("token", "t1", id="r2", ends=TOKEN))
+    assert store.track([token("t1", sid="s1")])[0].denied is not None
+    clock.reach(BEGAN + 60)
+    assert told([claim_one(store, BASE + 60)]) == {("t1", "s1"): BOTH}
+
+
+def test_a_denied_token_goes_where_its_sessions_end_is_told(store: Store, clock: Clock) -> None:
+    """A revocation that told the session's end as well takes the token out, and its session with it."""
+    store.track([token("t1", sid="s1")])
+    record(store, revocation("token", "t1", ends=BOTH))
+    assert store.track([token("t1", sid="s1")])[0].denied is not None
+    assert store.session(ISS, "s1") is None
+    assert store.due(before=BEGAN + 1000) == []
+
+
 # ---- detach and attach
 
 
@@ -323,6 +361,37 @@ def test_a_detached_token_is_not_made_live_by_tracking_it_again(store: Store, cl
     assert told([claim_one(store, BASE + 70)]) == {("t1", "s1"): BOTH}
 
 
+def test_a_detached_token_that_is_tracked_again_leaves_its_session_closed(store: Store) -> None:
+    """Whoever tracks it again, before the revocation is recorded, does not open the session that it ends."""
+    store.track([token("t1", sid="s1")])
+    store.detach(ISS, "t1", revocation_id="r1")
+    assert not store.track([token("t1", sid="s1")])[0].session_ended
+    assert store.session(ISS, "s1") is None
+    assert store.track([token("t2", sid="s1")], continuing=True)[0].session_ended
+
+
+def test_a_detached_token_that_is_tracked_again_does_not_count(store: Store, clock: Clock) -> None:
+    """The session ends with the token that is left."""
+    store.track([token("t1", sid="s1", ends_in=90), token("t2", sid="s1", ends_in=60)])
+    store.detach(ISS, "t1", revocation_id="r1")
+    store.track([token("t1", sid="s1", ends_in=95)])
+    clock.reach(BEGAN + 60)
+    assert told([claim_one(store, BASE + 60)]) == {("t2", "s1"): BOTH}
+    clock.reach(BEGAN + 95)
+    assert told([claim_one(store, BASE + 95)]) == {("t1", "s1"): TOKEN}
+
+
+def test_a_detached_token_keeps_its_session(store: Store, clock: Clock) -> None:
+    """Tracked again with another sid it neither joins that session nor ends it; its own end is told."""
+    store.track([token("t1", sid="s1"), token("t2", sid="s2", ends_in=300)])
+    store.detach(ISS, "t1", revocation_id="r1")
+    store.track([token("t1", sid="s2", ends_in=61)])
+    clock.reach(BEGAN + 61)
+    assert told([claim_one(store, BASE + 61)]) == {("t1", "s1"): BOTH}
+    clock.reach(BEGAN + 300)
+    assert told([claim_one(store, BASE + 300)]) == {("t2", "s2"): BOTH}
+
+
 def test_attach_takes_detach_back(store: Store, clock: Clock) -> None:
     """The life is open again, and the token ends it as if nothing had been."""
     store.track([token("t1", sid="s1")])
@@ -379,3 +448,32 @@ def test_attach_into_a_life_that_was_opened_meanwhile(store: Store, clock: Clock
     clock.reach(BEGAN + 90)
     second = told([claim_one(store, BASE + 90)])
     assert [ends for ends in (first | second).values() if "session" in ends] == [BOTH]
+
+
+def test_attach_leaves_a_life_alone_that_the_token_was_never_of(store: Store, clock: Clock) -> None:
+    """A token that outlived its life, and whose detach closed none, does not join the life that came after."""
+    store.track([token("t1", sid="s1", ends_in=60, session_exp=BEGAN + 30)])
+    clock.reach(BEGAN + 30)
+    claim_one(store, BASE + 30)
+    store.detach(ISS, "t1", revocation_id="r1")
+    store.track([token("t2", sid="s1", ends_in=40, iat=BEGAN + 31)])
+    store.attach(ISS, "t1", revocation_id="r1")
+    clock.reach(BEGAN + 40)
+    assert told([claim_one(store, BASE + 40)]) == {("t2", "s1"): BOTH}
+    clock.reach(BEGAN + 60)
+    [entry] = claim_one(store, BASE + 60).entries
+    assert (entry.ends, entry.started) == (TOKEN, BEGAN)
+
+
+def test_attach_of_a_token_that_was_moved_carries_its_session_on(make_store: MakeStore, clock: Clock) -> None:
+    """Under a grace the session does not end before the token that came back to it."""
+    store = make_store(rules=GRACE)
+    store.track([token("t1", sid="s1", ends_in=60)])
+    store.detach(ISS, "t1", revocation_id="r1")
+    store.track([token("t1", sid="s1", ends_in=100)])
+    store.attach(ISS, "t1", revocation_id="r1")
+    clock.reach(BEGAN + 90)
+    assert claim_one(store, BASE + 90).rearm == (BASE + 130,)
+    clock.reach(BEGAN + 130)
+    assert told([claim_one(store, BASE + 100)]) == {("t1", "s1"): TOKEN}
+    assert told([claim_one(store, BASE + 130)]) == {("", "s1"): SESSION}

@@ -9,15 +9,17 @@ import shutil
 import sqlite3
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from knell.errors import CursorLost, InvalidSettings, StoreUnavailable
 from knell.settings import Rules
-from knell.store import Store
+from knell.store import Parked, Store
 from knell.stores.sql import SqlStore
-from tests.contract.making import BEGAN, record, revocation, token
+from tests.contract.making import BEGAN, Clock, claim_one, record, revocation, token
 
 
 @pytest.fixture
@@ -167,3 +169,73 @@ def test_a_store_works_on_both_sides_of_a_fork(open_file: Callable[[], Store]) -
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0
     assert [change.position for change in store.snapshot()] == list(range(1, 42))
+
+
+def test_a_backup_that_was_copied_over_the_file_is_noticed(open_file: Callable[[], Store], path: Path) -> None:
+    """It keeps its inode, and new revocations have brought the head as far again: the change at the cursor tells."""
+    store = open_file()
+    record(store, revocation("token", "t1"))
+    store.close()
+    backup = path.with_name("backup")
+    shutil.copy(path, backup)
+    store = open_file()
+    record(store, revocation("token", "lost"))
+    cursor = store.head()
+    store.close()
+    path.write_bytes(backup.read_bytes())
+    store = open_file()
+    for value in ("new1", "new2"):
+        record(store, revocation("token", value))
+    assert store.head().epoch == cursor.epoch
+    with pytest.raises(CursorLost) as lost:
+        store.changes(cursor)
+    assert lost.value.went_back
+
+
+def test_the_files_are_their_owners_alone(open_file: Callable[[], Store], path: Path) -> None:
+    """Folder and files are made for nobody else, whatever the umask; what is there stays as it is."""
+    before = os.umask(0)
+    try:
+        store = open_file()
+        record(store, revocation("token", "t1"))
+    finally:
+        os.umask(before)
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+    assert {file.name: file.stat().st_mode & 0o777 for file in path.parent.iterdir()} == dict.fromkeys(
+        ("store.db", "store.db-wal", "store.db-shm"), 0o600
+    )
+    store.close()
+    path.chmod(0o640)
+    path.parent.chmod(0o750)
+    open_file()
+    assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o640, 0o750)
+
+
+def test_a_parked_batch_takes_the_room_of_one_jws(open_file: Callable[[], Store], path: Path) -> None:
+    """500 entries that were parked with one JWS of 100 KB take little more than that, and give it back."""
+    store = open_file()
+    store.park(
+        [Parked(id=f"{n}", service="shop", queue="q", error="no", at=BEGAN, jws="j" * 100_000) for n in range(500)]
+    )
+    with closing(sqlite3.connect(path)) as connection:
+        [(size,)] = connection.execute("PRAGMA page_count").fetchall()
+        assert size * 4096 < 1_000_000
+        store.unpark([f"{n}" for n in range(500)])
+        assert connection.execute("SELECT count(*) FROM knell_parked_jws").fetchall() == [(0,)]
+
+
+def test_a_record_that_cannot_be_read_is_left_out(open_file: Callable[[], Store], path: Path, clock: Clock) -> None:
+    """One broken record keeps no other from being sent; it is logged once."""
+    store = open_file()
+    store.track([token("t1"), token("t2", ends_in=61)])
+    clock.reach(BEGAN + 61)
+    broken, whole = (claim_one(store, int(BEGAN) + at).batch_id for at in (60, 61))
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE knell_notices SET entries = 'broken' WHERE batch_id = ?", (broken,))
+    with capture_logs() as logs:
+        for _ in range(2):
+            clock.advance(3600)
+            assert [notice.batch_id for notice in store.open_notices()] == [whole]
+    assert [(one["event"], one["log_level"], one["batch_id"]) for one in logs] == [
+        ("notice_unreadable", "error", broken)
+    ]

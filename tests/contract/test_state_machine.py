@@ -101,11 +101,11 @@ class Callers(RuleBasedStateMachine):
         ref = TokenRef(iss=ISS, jti=jti, exp=now + lifetime, iat=now, sid=sid, sub=sub, session_exp=session_exp)
         was_open = sid is not None and self.store.session(ISS, sid) is not None
         [answer] = self.store.track([ref], continuing=continuing)
-        assert answer.session_ended == (continuing and sid is not None and not was_open)
-        if answer.session_ended:
-            return
         refusing = [made for made in self.recorded.values() if made.refuses(ref, started=answer.started)]
         assert (answer.denied is not None) == bool(refusing)
+        assert answer.session_ended == (continuing and sid is not None and not was_open and not refusing)
+        if answer.session_ended:
+            return
         if answer.denied is not None:
             assert answer.denied in refusing
             self._gone(jti)

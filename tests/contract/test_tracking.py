@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from knell.revocations import Revocation
+from knell.settings import Rules
 from knell.store import ARM_LEASE_SECONDS, IMMEDIATE_SECONDS, Store
 from tests.contract.conftest import MakeStore
-from tests.contract.making import BEGAN, TOKEN, Clock, claim_all, claim_one, record, revocation, token, told
+from tests.contract.making import BEGAN, BOTH, TOKEN, Clock, claim_all, claim_one, record, revocation, token, told
 
 FAR = BEGAN + 10_000
 
@@ -164,6 +166,73 @@ def test_a_denied_token_leaves_its_second_to_the_others(store: Store) -> None:
     assert alive.must_arm == (int(BEGAN) + 60,)
 
 
+def test_a_denied_token_leaves_no_trace_in_the_session_of_a_living_one(store: Store, clock: Clock) -> None:
+    """Of two tokens of one session in one call, the dead one tells neither its start nor its session_exp."""
+    record(store, revocation("token", "t1"))
+    dead, alive = store.track(
+        [token("t1", sid="s1", iat=BEGAN - 100, session_exp=BEGAN + 400), token("t2", sid="s1", iat=BEGAN)]
+    )
+    assert (dead.denied is None, alive.denied is None) == (False, True)
+    assert store.session(token().iss, "s1") == alive.started == BEGAN
+    assert store.due(before=FAR) == [int(BEGAN) + 60]
+    clock.reach(BEGAN + 60)
+    assert claim_one(store, int(BEGAN) + 60).entries[0].ends == BOTH
+
+
+def test_a_denied_token_leaves_no_due_entry_under_grace(make_store: MakeStore) -> None:
+    """The session that a living token opens beside a dead one ends by the living one's exp, and has its timer."""
+    store = make_store(rules=Rules(session_grace_seconds=30))
+    record(store, revocation("token", "t1"))
+    dead, alive = store.track([token("t1", sid="s1", ends_in=60), token("t2", sid="s1", ends_in=70)])
+    assert (dead.must_arm, sorted(alive.must_arm)) == ((), [int(BEGAN) + 70, int(BEGAN) + 100])
+    assert store.due(before=FAR) == [int(BEGAN) + 70, int(BEGAN) + 100]
+
+
+def test_a_dead_start_is_none_for_those_that_follow(store: Store) -> None:
+    """A token without auth_time is judged by the start of a living one of its call, not by that of a dead one."""
+    record(store, revocation("subject", "alice", now=BEGAN + 5, issued_before=BEGAN + 5))
+    old = token("t1", sid="s1", sub="alice", iat=BEGAN)
+    young = token("t2", sid="s1", sub="alice", iat=BEGAN + 6)
+    late = token("t3", sid="s1", sub="alice", iat=BEGAN + 1)
+    answers = store.track([old, young, late])
+    assert [answer.denied is None for answer in answers] == [False, True, True]
+    assert [answer.started for answer in answers[1:]] == [BEGAN + 6, BEGAN + 6]
+
+
+@pytest.mark.parametrize("reopen", [False, True])
+def test_a_revoked_predecessor_carries_no_session_on(store: Store, clock: Clock, reopen: bool) -> None:
+    """A token that was stolen and revoked is not refreshed: the answer is its revocation, and nothing is recorded."""
+    store.track([token("t1", sid="s1"), token("t2", sid="s1")])
+    made = revocation("token", "t1", exp=BEGAN + 60, reason="stolen", ends=TOKEN)
+    record(store, made)
+    record(store, revocation("token", "t1", exp=BEGAN + 60, iss="https://other.example"))
+
+    def refresh(jti: str, predecessor: str, **more: object) -> object:
+        [answer] = store.track(
+            [token(jti, sid="s1", ends_in=90, **more)], continuing=True, reopen=reopen, predecessor=predecessor
+        )
+        return answer.denied, answer.session_ended
+
+    assert refresh("t3", "t1") == (made, False)
+    assert refresh("t3", "t1", session_exp=BEGAN + 95) == (made, False)
+    assert store.due(before=FAR) == [int(BEGAN) + 60]
+    assert refresh("t4", "t2") == (None, False)
+    clock.reach(BEGAN + 70)
+    assert refresh("t5", "t1") == (None, False)
+
+
+def test_a_revoked_predecessor_goes_before_an_ended_session(store: Store) -> None:
+    """Who carries on a session that ended with the token's revocation is told of the revocation."""
+    store.track([token("t1", sid="s1")])
+    made = revocation("token", "t1", exp=BEGAN + 60, ends=BOTH)
+    assert store.detach(token().iss, "t1", revocation_id=made.id).ends_session
+    record(store, made)
+    [answer] = store.track([token("t2", sid="s1")], continuing=True, predecessor="t1")
+    assert (answer.denied, answer.session_ended) == (made, False)
+    [answer] = store.track([token("t2", sid="s1")], continuing=True, predecessor="another")
+    assert (answer.denied, answer.session_ended) == (None, True)
+
+
 def test_denial_takes_out_what_was_tracked_before(store: Store) -> None:
     """A token that is tracked again after its session was revoked leaves its second."""
     store.track([token("t1", sid="s1")])
@@ -213,6 +282,49 @@ def test_of_several_revocations_one_that_refuses_is_found(store: Store) -> None:
     assert store.track([token("t1", sub="alice")])[0].denied == strict
 
 
+def test_of_many_revocations_one_is_read(store: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A subject that is revoked over and over costs a look-up no more than one that was revoked once."""
+    for n in range(250):
+        record(store, revocation("subject", "alice", issued_before=BEGAN - n))
+    read: list[object] = []
+    from_json = Revocation.from_json
+    monkeypatch.setattr(Revocation, "from_json", lambda found: (read.append(found), from_json(found))[1])
+    assert store.track([token("t1", sub="alice", iat=BEGAN + 1)])[0].denied is None
+    assert store.track([token("t2", sub="alice", iat=BEGAN)])[0].denied is not None
+    assert len(read) == 2
+    clock.advance(40 * 86_400)
+    assert store.prune().revocations == 250
+    assert store.track([token("t3", sub="alice", iat=BEGAN, ends_in=41 * 86_400)])[0].denied is None
+
+
+def test_the_strongest_that_lives_is_found(store: Store, clock: Clock) -> None:
+    """A stronger revocation that has expired, pruned or not, reveals the next."""
+    short, long = Rules(max_session_seconds=60, max_token_seconds=60), Rules()
+    for n in range(150):
+        record(store, revocation("subject", "alice", issued_before=BEGAN - n / 1000, rules=short))
+    weak = revocation("subject", "alice", issued_before=BEGAN - 10, rules=long)
+    record(store, weak)
+    clock.advance(1000)
+    for jti in ("before", "after"):
+        young, old = store.track(
+            [token(f"{jti}1", sub="alice", ends_in=2000), token(f"{jti}2", sub="alice", ends_in=2000, iat=BEGAN - 10)]
+        )
+        assert (young.denied, old.denied) == (None, weak)
+        assert store.prune().revocations == (150 if jti == "before" else 0)
+
+
+def test_what_tells_of_the_sessions_end_is_the_stronger(store: Store, clock: Clock) -> None:
+    """Of two revocations of a token the one that told its session's end counts, though the other lives longer."""
+    both = revocation("token", "t1", exp=BEGAN + 10, ends=BOTH)
+    record(store, both)
+    record(store, revocation("token", "t1", exp=BEGAN + 100, ends=TOKEN))
+    assert store.track([token("t1")])[0].denied == both
+    clock.advance(60)
+    found = store.track([token("t1", ends_in=90)])[0].denied
+    assert found is not None
+    assert found.ends == TOKEN
+
+
 def test_started_is_auth_time_or_the_first_iat(store: Store) -> None:
     """The start of a session is its first token's auth_time, else that token's iat."""
     first, later = store.track([token("t1", sid="s1", iat=BEGAN + 1), token("t2", sid="s1", iat=BEGAN + 9)])
@@ -242,6 +354,14 @@ def test_unusual_identifiers_come_back_as_they_went_in(store: Store, clock: Cloc
     [entry] = claim_one(store, int(BEGAN) + 60).entries
     assert entry.ref == ref
     assert entry.ends == {"token", "session"}
+
+
+def test_a_timer_of_the_session_is_asked_for_again(store: Store, clock: Clock) -> None:
+    """As long as nobody has confirmed the timer of its session's own end, each of its tokens asks for it."""
+    store.track([token("t1", sid="s1", session_exp=BEGAN + 500)])
+    clock.advance(ARM_LEASE_SECONDS)
+    [answer] = store.track([token("t2", sid="s1", ends_in=70)])
+    assert sorted(answer.must_arm) == [int(BEGAN) + 70, int(BEGAN) + 500]
 
 
 def test_every_field_of_a_token_is_kept(store: Store, clock: Clock) -> None:

@@ -361,7 +361,7 @@ def test_tokens_are_kept_compact(server: RedisServer, own: RedisStore, monkeypat
             own.track([make_token(n, source=source) for n in range(start, start + 2000)])
         used = client.info("memory")["used_memory"] - before
         for kind in ("t", "s", "x"):
-            keys = list(client.scan_iter(match=f"{{knell:0}}:{kind}:*", count=1000))
+            keys = list(client.scan_iter(match=f"{{knell:feed}}:0:{kind}:*", count=1000))
             assert {client.object("encoding", key) for key in keys} == {b"listpack"}
     assert used / (count - 2000) < 250
 

@@ -53,6 +53,7 @@ class MemoryFeed:
         self._epoch = f"e{next(self._epochs)}"
         self._changes: list[Change] = []
         self._position = 0
+        self._last: str | None = None
         self._live: dict[str, Change] = {}
 
     # ---- the writer's side
@@ -64,7 +65,7 @@ class MemoryFeed:
                 change = self._append("revoked", one)
                 self._live[one.id] = change
             self._changed.notify_all()
-            return Cursor(self._epoch, self._position)
+            return self._head()
 
     def undo(self, one: Revocation) -> Cursor:
         """Take a revocation back."""
@@ -72,7 +73,7 @@ class MemoryFeed:
             del self._live[one.id]
             self._append("undone", one)
             self._changed.notify_all()
-            return Cursor(self._epoch, self._position)
+            return self._head()
 
     def lose(self) -> None:
         """Lose all data, as a store that was emptied."""
@@ -86,6 +87,16 @@ class MemoryFeed:
             self._epoch = f"e{next(self._epochs)}"
             self._changed.notify_all()
 
+    def roll_back(self, count: int) -> None:
+        """Lose the last changes and keep the epoch, as a server that nobody noticed was restored."""
+        with self._changed:
+            self._changes, gone = self._changes[:-count], self._changes[-count:]
+            self._position -= count
+            self._last = self._changes[-1].revocation.id if self._changes else None
+            for change in gone:
+                self._live.pop(change.revocation.id, None)
+            self._changed.notify_all()
+
     def trim(self) -> None:
         """Forget the changes; what lives stays."""
         with self._changed:
@@ -94,9 +105,13 @@ class MemoryFeed:
 
     def _append(self, kind: str, one: Revocation) -> Change:
         self._position += 1
+        self._last = one.id
         change = Change(self._position, kind, one)  # type: ignore[arg-type]
         self._changes.append(change)
         return change
+
+    def _head(self) -> Cursor:
+        return Cursor(self._epoch, self._position, self._last)
 
     # ---- knell.store.Feed
 
@@ -107,7 +122,7 @@ class MemoryFeed:
     def head(self) -> Cursor:
         self._answer()
         with self._changed:
-            return Cursor(self._epoch, self._position)
+            return self._head()
 
     def changes(self, cursor: Cursor, *, wait_seconds: float = 0.0, limit: int = 1000) -> list[Change]:
         self._answer()
@@ -134,8 +149,12 @@ class MemoryFeed:
     def _check(self, cursor: Cursor) -> None:
         if cursor.epoch != self._epoch:
             raise CursorLost("another epoch", went_back=self._position < cursor.position)
+        present = {change.position: change.revocation.id for change in self._changes} | {self._position: self._last}
+        known, found = cursor.revocation_id, present.get(cursor.position)
+        if cursor.position > self._position or (known is not None and found not in (None, known)):
+            raise CursorLost("data was lost", went_back=True)
         oldest = self._changes[0].position if self._changes else self._position + 1
-        if cursor.position + 1 < oldest:
+        if cursor.position + 1 < oldest or (known is not None and found is None):
             raise CursorLost("trimmed", went_back=False)
 
     def _answer(self) -> None:

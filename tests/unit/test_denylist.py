@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from knell.denylist import Denylist
-from knell.revocations import Revocation
+from knell.revocations import Revocation, Scope
 from knell.tokens import TokenRef
 from tests.unit.memory_feed import ISS, revocation
 
@@ -36,9 +36,9 @@ class AgainstAList(RuleBasedStateMachine):
         self.denylist = Denylist()
         self.model: list[Revocation] = []
 
-    @rule(value=_values, exp=st.sampled_from([2000.0, 3000.0]))
-    def add_token(self, value: str, exp: float) -> None:
-        self._add(revocation("token", value, exp=exp))
+    @rule(value=_values, exp=st.sampled_from([2000.0, 3000.0]), ends=st.sampled_from([{"token"}, {"token", "session"}]))
+    def add_token(self, value: str, exp: float, ends: set[str]) -> None:
+        self._add(revocation("token", value, exp=exp, ends=frozenset(ends)))
 
     @rule(value=_values, made_at=_times)
     def add_session(self, value: str, made_at: float) -> None:
@@ -77,6 +77,8 @@ class AgainstAList(RuleBasedStateMachine):
         found = self.denylist.find(token, started=started)
         refusing = [one for one in self.model if one.refuses(token, started=started)]
         assert found in refusing if refusing else found is None
+        if found is not None and found.scope is Scope.TOKEN:
+            assert found.ends == frozenset().union(*(one.ends for one in refusing if one.scope is Scope.TOKEN))
 
     @invariant()
     def same_size(self) -> None:
@@ -102,6 +104,18 @@ def test_undoing_one_reveals_another() -> None:
     assert first is not None
     denylist.remove(first.id)
     assert denylist.find(_token(sid="s")) is (other if first is one else one)
+
+
+def test_what_tells_of_a_sessions_end_goes_before_what_lives_longer() -> None:
+    """Of two revocations of a token the one that also told its session's end is found, and the other one after it."""
+    denylist = Denylist()
+    both = revocation("token", "j", exp=2000.0, ends=frozenset({"token", "session"}))
+    alone = revocation("token", "j", exp=3000.0, ends=frozenset({"token"}))
+    for one in (both, alone):
+        denylist.add(one)
+    assert denylist.find(_token()) is both
+    denylist.remove(both.id)
+    assert denylist.find(_token()) is alone
 
 
 def test_many_of_one_key_cost_no_more() -> None:

@@ -9,21 +9,22 @@ from knell.settings import Rules
 from knell.stores.redis_feed import Identity, RedisFeed
 from knell.stores.redis_keeping import RedisDedupe, RedisKeeping, RedisParked
 from knell.stores.redis_link import Link
-from knell.stores.redis_tokens import RedisTokens
+from knell.stores.redis_tracking import RedisTracking
 
 OLDEST_VERSION = 7
 
 
-class RedisStore(RedisTokens, RedisFeed, RedisKeeping, RedisParked, RedisDedupe):
+class RedisStore(RedisTracking, RedisFeed, RedisKeeping, RedisParked, RedisDedupe):
     """The whole `knell.store.Store`. Threads may share it, and it survives a fork.
 
     Args:
         url: `redis://`, `rediss://` or `unix://`, as redis-py reads it.
         namespace: keeps two environments on one server apart.
         rules: the deployment's lifetimes and limits.
-        partitions: how many hash slots the tokens are spread over; the same for every process, for ever. With more
-            than one, a jti that is tracked again has to have the sid that it had: another one may lie in another slot,
-            and nothing looks for it there.
+        partitions: how many hash slots the tokens are spread over; the same for every process, for ever. On the one
+            server that this store runs on, 1 is best: with more, `track` takes a round trip more, and a jti that is
+            tracked again has to have the sid that it had (another one may lie in another slot, and nothing looks for it
+            there).
         clock: replaces the server's clock, in tests.
 
     Raises:
@@ -58,10 +59,14 @@ class RedisStore(RedisTokens, RedisFeed, RedisKeeping, RedisParked, RedisDedupe)
 
     def warnings(self) -> list[str]:
         """What an operator should change about the server."""
-        server, persistence, memory = self._link.run(("INFO", "server"), ("INFO", "persistence"), ("INFO", "memory"))
+        server, persistence, memory, cluster = self._link.run(
+            ("INFO", "server"), ("INFO", "persistence"), ("INFO", "memory"), ("INFO", "cluster")
+        )
         found = []
         if int(str(server["redis_version"]).split(".")[0]) < OLDEST_VERSION:
             found.append(f"{self.ping()} is too old: use Redis {OLDEST_VERSION} or later, or Valkey")
+        if cluster.get("cluster_enabled"):
+            found.append("cluster_enabled is 1: a Redis Cluster of several nodes does not work yet; use one server")
         if not persistence.get("aof_enabled", True):
             found.append("appendonly is off: a restart loses revocations; set 'appendonly yes'")
         policy = memory.get("maxmemory_policy", "noeviction")

@@ -5,16 +5,18 @@ The scripts read the head of a packed token (see lua/tokens.lua); the rest of it
 
 from __future__ import annotations
 
+import json
 import math
 import struct
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from knell.revocations import Revocation, Scope
 from knell.store import Claimed
 from knell.tokens import TokenRef
 
-_UUID_JTI, _HAS_SID, _UUID_SID, _HAS_EXP, _HAS_START = 1, 2, 4, 8, 16
+_UUID_JTI, _HAS_SID, _UUID_SID, _HAS_EXP, _HAS_START, _REFUSED, _END_TOLD = 1, 2, 4, 8, 16, 32, 64
 _HAS_SUB, _UUID_SUB = 1, 2
 # Where the table of strings is full, a string stands at the end of the token itself.
 _LITERAL = 65535
@@ -22,7 +24,6 @@ _REF_HEAD = struct.Struct(">BHHH5sddd")
 _ENDS = {1: frozenset({"token"}), 2: frozenset({"session"}), 3: frozenset({"token", "session"})}
 # How a time is written: not at all, as whole seconds or milliseconds from the expiry second, or as a double.
 _ABSENT, _SECONDS, _MILLISECONDS, _DOUBLE = 0, 1, 2, 3
-_SESSION_ENDS, _SESSION_STARTED = 2, 2
 _JTI_KIND_BIT, _UUID_BIT = 2, 1
 
 
@@ -43,8 +44,13 @@ def unpack_id(is_uuid: int, packed: bytes) -> str:
     return str(uuid.UUID(bytes=packed)) if is_uuid else packed.decode()
 
 
-def pack_ref(ref: TokenRef, strings: dict[str, int]) -> bytes:
-    """A token as the script `track` takes it. `strings` collects the strings that it refers to, numbered from 1."""
+def pack_ref(ref: TokenRef, strings: dict[str, int], *, refused: Revocation | None = None) -> bytes:
+    """A token as the script `track` takes it.
+
+    Args:
+        strings: collects the strings that it refers to, numbered from 1.
+        refused: the revocation that refuses it: what is known of the token is to be taken out.
+    """
 
     def number(value: str | None) -> int:
         return 0 if value is None else strings.setdefault(value, len(strings) + 1)
@@ -57,6 +63,8 @@ def pack_ref(ref: TokenRef, strings: dict[str, int]) -> bytes:
         | _UUID_SID * sid_is_uuid
         | _HAS_EXP * (ref.session_exp is not None)
         | _HAS_START * (ref.started is not None)
+        | _REFUSED * (refused is not None)
+        | _END_TOLD * (refused is not None and "session" in refused.ends)
     )
     head = _REF_HEAD.pack(
         flags,
@@ -68,22 +76,22 @@ def pack_ref(ref: TokenRef, strings: dict[str, int]) -> bytes:
         ref.session_exp or 0.0,
         ref.started or 0.0,
     )
-    is_uuid, sub = (0, b"") if ref.sub is None else pack_id(ref.sub)
-    subject = b"" if ref.sub is None else bytes((is_uuid,)) + sub
-    return head + _item(jti) + _item(sid) + _item(subject) + _item(_pack_rest(ref))
+    about = b"" if ref.sid is None else _pack_claims((ref.iat,), ref.sub, second=0)
+    rest = _pack_claims((ref.exp, ref.iat, ref.auth_time, ref.session_exp), ref.sub, second=ref.second)
+    return head + _item(jti) + _item(sid) + _item(about) + _item(rest)
 
 
-def _pack_rest(ref: TokenRef) -> bytes:
-    kinds = 0
-    times = b""
-    for n, value in enumerate((ref.exp, ref.iat, ref.auth_time, ref.session_exp)):
-        kind, packed = _pack_time(value, ref.second)
+def _pack_claims(times: Sequence[float | None], sub: str | None, *, second: int) -> bytes:
+    """Up to four times, small if they are near `second`, and a subject."""
+    kinds, packed = 0, b""
+    for n, value in enumerate(times):
+        kind, time = _pack_time(value, second)
         kinds |= kind << 2 * n
-        times += packed
-    if ref.sub is None:
-        return bytes((kinds, 0)) + times
-    is_uuid, sub = pack_id(ref.sub)
-    return bytes((kinds, _HAS_SUB | _UUID_SUB * is_uuid)) + times + (sub if is_uuid else _varint(len(sub)) + sub)
+        packed += time
+    if sub is None:
+        return bytes((kinds, 0)) + packed
+    is_uuid, id = pack_id(sub)
+    return bytes((kinds, _HAS_SUB | _UUID_SUB * is_uuid)) + packed + (id if is_uuid else _varint(len(id)) + id)
 
 
 def _pack_time(value: float | None, second: int) -> tuple[int, bytes]:
@@ -160,7 +168,16 @@ class Reader:
         size = self.integer(1)
         return self.item() if size == 255 else self.take(size)
 
-    def time(self, kind: int, second: int) -> float | None:
+    def claims(self, count: int, second: int) -> tuple[list[float | None], str | None]:
+        """What `_pack_claims` packed: `count` times, and a subject."""
+        kinds, flags = self.integer(1), self.integer(1)
+        times = [self._time(kinds >> 2 * n & 3, second) for n in range(count)]
+        if not flags & _HAS_SUB:
+            return times, None
+        is_uuid = flags & _UUID_SUB
+        return times, unpack_id(is_uuid, self.take(16 if is_uuid else self.varint()))
+
+    def _time(self, kind: int, second: int) -> float | None:
         """What `_pack_time` packed."""
         if kind == _ABSENT:
             return None
@@ -199,13 +216,8 @@ def read_ref(field: bytes, packed: bytes, strings: Mapping[int, str]) -> TokenRe
     reader = Reader(packed, at=1)
     second, _life, client, kid = reader.integer(5), reader.integer(2), reader.integer(2), reader.integer(2)
     sid_field = reader.field()
-    kinds, flags = reader.integer(1), reader.integer(1)
-    exp, iat, auth_time, session_exp = (reader.time(kinds >> 2 * n & 3, second) for n in range(4))
+    (exp, iat, auth_time, session_exp), sub = reader.claims(4, second)
     assert exp is not None
-    sub = None
-    if flags & _HAS_SUB:
-        is_uuid = flags & _UUID_SUB
-        sub = unpack_id(is_uuid, reader.take(16 if is_uuid else reader.varint()))
 
     def string(number: int) -> str | None:
         if number == _LITERAL:
@@ -226,18 +238,15 @@ def read_ref(field: bytes, packed: bytes, strings: Mapping[int, str]) -> TokenRe
     )
 
 
-def read_start(session: bytes) -> float | None:
-    """The start that a session's record holds."""
-    reader = Reader(session)
-    flags = reader.integer(1)
-    reader.take(2 + 3 + 8)
-    return reader.double() if flags & _SESSION_STARTED else None
+def read_start(packed: bytes) -> float | None:
+    """The start of a session; None if it is not known."""
+    return Reader(packed).double() if packed else None
 
 
 def read_entries(body: bytes) -> tuple[Claimed, ...]:
     """The entries of an expiry record."""
     reader = Reader(body)
-    strings = read_strings(reader.item())
+    strings = read_strings(reader.take(reader.integer(4)))
     found = []
     while not reader.at_end:
         found.append(_read_entry(Reader(reader.item()), strings))
@@ -253,12 +262,29 @@ def _read_entry(reader: Reader, strings: Mapping[int, str]) -> Claimed:
     if is_session(field):
         issuer, sid = _read_name(field)
         has_exp, ended = reader.integer(1), reader.double()
-        sub = None if reader.at_end else unpack_id(reader.integer(1), reader.packed[reader.at :])
-        ref = TokenRef(iss=strings[issuer], jti="", exp=ended, sid=sid, sub=sub, session_exp=ended if has_exp else None)
+        (iat,), sub = reader.claims(1, 0)
+        session_exp = ended if has_exp else None
+        ref = TokenRef(iss=strings[issuer], jti="", exp=ended, iat=iat, sid=sid, sub=sub, session_exp=session_exp)
     else:
         ref = read_ref(field, reader.packed[reader.at :], strings)
         start = ref.started if start is None else start
     return Claimed(n=n, ref=ref, ends=_ENDS[ends], started=start)
+
+
+def deny_key(scope: Scope, iss: str, value: str) -> bytes:
+    """Under what the denylist keeps revocations of one thing."""
+    name = iss.encode()
+    return scope.value[:2].encode() + len(name).to_bytes(2) + name + value.encode()
+
+
+def pack_revocation(revocation: Revocation) -> str:
+    """A revocation as it is stored."""
+    return json.dumps(revocation.as_json(), separators=(",", ":"), ensure_ascii=False)
+
+
+def read_revocation(packed: bytes) -> Revocation:
+    """Read what `pack_revocation` wrote."""
+    return Revocation.from_json(json.loads(packed))
 
 
 def pack_bits(numbers: Iterable[int]) -> bytes:

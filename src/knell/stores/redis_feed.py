@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import threading
 import time
@@ -10,19 +9,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
 from knell import store as contract
-from knell.errors import CursorLost, StoreUnavailable
+from knell.denylist import strength
+from knell.errors import StoreUnavailable
 from knell.notices import batch_id_of_revocation
 from knell.revocations import Revocation
 from knell.store import Change, Cursor, Recorded, ServiceStatus
-from knell.stores.redis_codec import pairs
+from knell.stores.feed import NO_EPOCH, changes_after
+from knell.stores.redis_codec import deny_key, pack_revocation, pairs, read_revocation
 from knell.stores.redis_link import BLOCK_SECONDS, Command, script
 from knell.stores.redis_part import RedisPart
-from knell.stores.redis_tokens import deny_key
 
 # How old what we know of the server's identity may be; it is asked again after each new connection as well.
 IDENTITY_SECONDS = 1.0
-# The epoch of a store that nobody could write to yet.
-_NO_EPOCH = "none"
 
 
 class Identity:
@@ -61,17 +59,13 @@ class RedisFeed(RedisPart):
         return int(seconds) + int(microseconds) / 1_000_000
 
     def head(self) -> Cursor:
-        epoch, position, _ = self._read_feed(None)
-        return Cursor(epoch, position)
+        return self._read_feed(None)[0]
 
     def changes(self, cursor: Cursor, *, wait_seconds: float = 0.0, limit: int = 1000) -> list[Change]:
         deadline = time.monotonic() + wait_seconds
         while True:
-            epoch, position, entries = self._read_feed(cursor.position, limit)
-            _check(cursor, epoch, position)
-            found = [_read_change(entry_id, flat) for entry_id, flat in entries]
-            if position > cursor.position and (not found or found[0].position != cursor.position + 1):
-                raise CursorLost(f"the feed no longer has position {cursor.position + 1}", went_back=False)
+            head, entries = self._read_feed(cursor.position, limit + 1)
+            found = changes_after(cursor, head, entries, limit=limit)
             left = deadline - time.monotonic()
             if found or left <= 0:
                 return found
@@ -80,27 +74,26 @@ class RedisFeed(RedisPart):
     def snapshot(self, *, after: int = 0, limit: int = 1000) -> list[Change]:
         flat = self._call_feed("snapshot", after, limit)
         return [
-            Change(position, "revoked", Revocation.from_json(json.loads(packed)))
+            Change(position, "revoked", read_revocation(packed))
             for position, packed in zip(flat[::2], flat[1::2], strict=True)
         ]
 
     def revoke(self, revocation: Revocation, *, batch_id: str, jws: str) -> Recorded:
-        packed = json.dumps(revocation.as_json(), separators=(",", ":"), ensure_ascii=False)
         key = deny_key(revocation.scope, revocation.iss, revocation.value)
         stored, position, created, *services = self._call_feed(
-            "revoke", self._now, secrets.token_hex(8), revocation.id, packed, repr(revocation.expires_at), key,
-            batch_id, jws, contract.FIRST_RESEND_SECONDS,
+            "revoke", self._now, secrets.token_hex(8), revocation.id, pack_revocation(revocation),
+            repr(revocation.expires_at), repr(strength(revocation)), key, batch_id, jws, contract.FIRST_RESEND_SECONDS,
         )  # fmt: skip
         epoch = f"{stored.decode()}.{self._server_id()}"
         names = tuple(sorted(name.decode() for name in services))
-        return Recorded(cursor=Cursor(epoch, position), created=bool(created), services=names)
+        return Recorded(cursor=Cursor(epoch, position, revocation.id), created=bool(created), services=names)
 
     def revocation(self, revocation_id: str) -> Revocation | None:
         answer = self._call_feed("revocation", self._now, revocation_id)
         if answer is None:
             return None
         now, packed = answer
-        found = Revocation.from_json(json.loads(packed))
+        found = read_revocation(packed)
         return found if found.expires_at > float(now) else None
 
     def status(self, revocation_id: str) -> Mapping[str, ServiceStatus] | None:
@@ -114,10 +107,10 @@ class RedisFeed(RedisPart):
 
     def _server_id(self) -> str:
         known = self._identity.fresh(self._link.opened)
-        return known or self._read_feed(None)[0].rpartition(".")[2]
+        return known or self.head().epoch.rpartition(".")[2]
 
-    def _read_feed(self, after: int | None, limit: int = 0) -> tuple[str, int, list[Any]]:
-        """The epoch, the head, and the entries after a position (None: no entries).
+    def _read_feed(self, position: int | None, limit: int = 0) -> tuple[Cursor, list[Change]]:
+        """The head, and the entries from a position on (None: no entries).
 
         A new connection may lead to another server: what came over it is read again, with that server's identity.
         """
@@ -126,16 +119,17 @@ class RedisFeed(RedisPart):
             known = self._identity.fresh(opened)
             commands: list[Command] = [] if known else [("INFO", "replication")]
             # One script, so that entries are never newer than the head and the epoch that they are judged by.
-            position_and_limit = ("", "") if after is None else (after, limit)
+            position_and_limit = ("", "") if position is None else (position, limit)
             commands.append(script("read_feed", self._feed, *position_and_limit))
             answers = self._link.run(*commands)
             if not known:
                 known = self._identity.learn(answers.pop(0), opened)
             if self._link.opened != opened:
                 continue
-            stored, position, entries = answers[0]
+            stored, last, revocation_id, entries = answers[0]
             epoch = f"{self._begin() if stored is None else stored.decode()}.{known}"
-            return epoch, int(position or 0), entries
+            head = Cursor(epoch, int(last or 0), None if revocation_id is None else revocation_id.decode())
+            return head, [_read_change(entry_id, flat) for entry_id, flat in entries]
 
     def _begin(self) -> str:
         """Give an empty store its epoch. On a replica that is not possible, and its primary has none yet either."""
@@ -143,27 +137,15 @@ class RedisFeed(RedisPart):
             stored: bytes = self._call_feed("epoch", secrets.token_hex(8))
         except StoreUnavailable as error:
             if "ReadOnlyError" in str(error):
-                return _NO_EPOCH
+                return NO_EPOCH
             raise
         return stored.decode()
-
-
-def _check(cursor: Cursor, epoch: str, position: int) -> None:
-    if cursor.epoch == epoch and cursor.position <= position:
-        return
-    before, after = cursor.epoch.partition(".")[0], epoch.partition(".")[0]
-    went_back = position < cursor.position or (before != after and before != _NO_EPOCH)
-    raise CursorLost(
-        f"the feed is at position {position} of epoch {epoch}, the cursor at {cursor.position} of {cursor.epoch}: "
-        + ("data was lost" if went_back else "the server was restarted or replaced"),
-        went_back=went_back,
-    )
 
 
 def _read_change(entry_id: bytes, flat: Sequence[bytes]) -> Change:
     entry = pairs(flat)
     kind: Literal["revoked", "undone"] = "undone" if entry[b"k"] == b"undone" else "revoked"
-    return Change(int(entry_id.split(b"-")[0]), kind, Revocation.from_json(json.loads(entry[b"d"])))
+    return Change(int(entry_id.split(b"-")[0]), kind, read_revocation(entry[b"d"]))
 
 
 def _read_status(state: str) -> ServiceStatus:

@@ -27,10 +27,10 @@ class RedisDedupe(RedisPart):
     """The part of the store that services need."""
 
     def begin(self, service: str, batch_id: str, *, holder: str, lease_seconds: float) -> Begun:
-        granted, done, parked = self._call_feed(
+        granted, done, parked, abandoned = self._call_feed(
             "begin", self._now, self._dedupe_seconds, f"{service}:{batch_id}", holder, repr(float(lease_seconds))
         )
-        return Begun(granted=bool(granted), done=read_bitmap(done), parked=read_bitmap(parked))
+        return Begun(bool(granted), read_bitmap(done), read_bitmap(parked), abandoned.decode() or None)
 
     def mark(
         self,
@@ -107,9 +107,8 @@ class RedisKeeping(RedisLog):
                 since = missed.get(name.decode(), float(made))
                 missed[name.decode()] = min(since, float(made))
         if missed:
-            [gone] = self._link.run(("SMEMBERS", f"{self._feed}:gone"))
-            for name in gone:
-                missed.pop(name.decode(), None)
+            [registered] = self._link.run(("HKEYS", f"{self._feed}:s"))
+            missed = {name: since for name, since in missed.items() if name.encode() in registered}
             # Marked before anything is removed: a crash in between tells a service too much, not too little.
             self._mark_missed(missed)
         removed = self._link.run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ from urllib.parse import urlsplit
 
 import redis
 from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.exceptions import NoScriptError, ReadOnlyError, RedisError, ResponseError
 from redis.retry import Retry
 
 from knell.errors import InvalidSettings, StoreUnavailable
@@ -30,8 +31,7 @@ BLOCK_SECONDS = 1.0
 MOST_LOADS = 2
 # The parts that a script begins with, beside common.lua.
 _PRELUDES = {
-    "track": ("tokens",),
-    "untrack": ("tokens",),
+    "track": ("tokens", "feed"),
     "armed": ("tokens",),
     "due": ("tokens",),
     "session": ("tokens",),
@@ -66,10 +66,16 @@ _PRELUDES = {
     "prune_kept": ("parked",),
 }
 
+# Scripts whose answer tells what this very run did. It is kept for a while: the same call, sent again because its first
+# answer was lost, is then answered as it was.
+_ANSWERED_ONCE = frozenset(
+    {"revoke", "claim", "add_service", "remove_service", "unpark", "drop", "prune_feed", "prune_kept"}
+)
+
 T = TypeVar("T")
 
 Argument = str | bytes | int | float
-# One command: either ("EVALSHA", sha, 1, tag, ...), made by `script`, or any other.
+# One command: either ("EVALSHA", sha, number of keys, tag, ...), made by `script`, or any other.
 Command = tuple[Argument, ...]
 
 
@@ -83,14 +89,18 @@ def _sources() -> Mapping[str, tuple[str, str]]:
 
     found = {}
     for name, preludes in _PRELUDES.items():
-        text = "\n".join(read(part) for part in ("common", *preludes, name))
+        own = read(name)
+        if name in _ANSWERED_ONCE:
+            own = f"local function run()\n{own}end\n{read('once')}"
+        text = "\n".join([*(read(part) for part in ("common", *preludes)), own])
         found[name] = (hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest(), text)
     return found
 
 
 def script(name: str, tag: str, *arguments: Argument) -> Command:
-    """The command that runs a script in the slot of `tag`."""
-    return ("EVALSHA", _sources()[name][0], 1, tag, *arguments)
+    """The command that runs a script in the slot of `tag`. Make one for each call: sent again, it is that same call."""
+    keys = (tag, f"{tag}:a:{secrets.token_hex(8)}") if name in _ANSWERED_ONCE else (tag,)
+    return ("EVALSHA", _sources()[name][0], len(keys), *keys, *arguments)
 
 
 class Link:
@@ -117,6 +127,8 @@ class Link:
 
     def run(self, *commands: Command) -> list[Any]:
         """Run commands in one round trip, in order, and return their answers.
+
+        They may run a second time, when the answers of the first were lost.
 
         Raises:
             StoreUnavailable: the server did not answer in time, or refused one of them.
@@ -176,7 +188,10 @@ class Link:
             queue: Callable[..., Any] = pipe.execute_command
             for command in commands:
                 queue(*command)
-            return list(pipe.execute(raise_on_error=False))
+            answers = list(pipe.execute(raise_on_error=False))
+        if refused := next((one for one in answers if isinstance(one, ReadOnlyError)), None):
+            raise refused
+        return answers
 
     def _load(self) -> None:
         with self._client.pipeline(transaction=False) as pipe:
@@ -188,12 +203,13 @@ class Link:
         began = time.monotonic()
         try:
             return action()
-        except (redis.ConnectionError, redis.TimeoutError) as error:
+        except (redis.ConnectionError, redis.TimeoutError, ReadOnlyError) as error:
             if time.monotonic() - began > RETRY_WITHIN_SECONDS:
                 raise self._refused(error) from error
         except (RedisError, OSError) as error:
             raise self._refused(error) from error
-        # After a restart every idle connection is dead, not only the one that was just tried.
+        # After a restart every idle connection is dead, not only the one that was just tried; after a failover each may
+        # lead to what has become a replica.
         for client in (self._client, self._reader):
             client.connection_pool.disconnect(inuse_connections=False)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from knell.errors import MessageRefused
 from knell.notices import Receipt, new_batch_id, partition_of_batch
 from knell.settings import check_service_name
 from knell.store import OpenNotice, ServiceInfo, Waiting
+from knell.stores.notices import read_notices
 from knell.stores.redis_codec import Reader, open_numbers, pack_bits, pairs, read_entries
 from knell.stores.redis_link import script
 from knell.stores.redis_part import CHUNK, RedisPart, chunks
@@ -36,15 +38,20 @@ class RedisLog(RedisPart):
         )[:limit]
         chosen = {tag: [batch_id for _, its, batch_id in ready if its == tag] for tag in tags}
         first, longest = contract.FIRST_RESEND_SECONDS, contract.LONGEST_RESEND_SECONDS
+        mark = secrets.token_bytes(8)
         taken = self._link.run(
             *(
-                script("take", tag, self._now, first, longest, *some)
+                script("take", tag, self._now, first, longest, mark, *some)
                 for tag, batch_ids in chosen.items()
                 for some in chunks(batch_ids, CHUNK // 5)
             )
         )
         removed = {name.decode() for name in gone}
-        found = [_read_notice(batch_id, record, removed) for answer in taken for batch_id, record in answer]
+        records = {batch_id.decode(): pairs(record) for answer in taken for batch_id, record in answer}
+        found = read_notices(
+            {batch_id: int(record[b"a"]) for batch_id, record in records.items()},
+            lambda batch_id: _read_notice(batch_id, records[batch_id], removed),
+        )
         return sorted((notice for notice in found if notice.waiting), key=lambda notice: notice.created_at)
 
     def resend_at(self, batch_ids: Collection[str], at: float) -> None:
@@ -124,14 +131,13 @@ def _receipt_arguments(service: str, receipt: Receipt) -> tuple[str | bytes, ...
     )
 
 
-def _read_notice(batch_id: bytes, flat: list[bytes], removed: Collection[str]) -> OpenNotice:
-    record = pairs(flat)
+def _read_notice(batch_id: str, record: Mapping[bytes, bytes], removed: Collection[str]) -> OpenNotice:
     kind = _KINDS[record[b"k"]]
     waiting = {
         name[2:].decode(): _read_waiting(record[b"l"], part) for name, part in record.items() if name.startswith(b"w:")
     }
     return OpenNotice(
-        batch_id=batch_id.decode(),
+        batch_id=batch_id,
         kind=kind,
         created_at=float(record[b"c"]),
         jws=record[b"b"].decode() if kind == "revocation" else None,

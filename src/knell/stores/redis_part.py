@@ -37,7 +37,8 @@ class RedisPart:
         return [self._tag(partition) for partition in range(self._partitions)]
 
     def _tag(self, partition: int) -> str:
-        return f"{{{self._namespace}:{partition}}}"
+        # The first lies in the feed's slot: where it is the only one, a script sees the tokens and the denylist.
+        return f"{{{self._namespace}:{partition}}}" if partition else f"{self._feed}:0"
 
     def _partition_of(self, iss: str, id: str) -> int:
         """The partition of a session, or of a token without one."""

@@ -41,7 +41,8 @@ class SqlStore(Store):
     on most network file systems.
 
     Args:
-        url: `sqlite:///relative/path` or `sqlite:////absolute/path`. Made on first use, its directory too.
+        url: `sqlite:///relative/path` or `sqlite:////absolute/path`. Made on first use, its directory too; both for
+            their owner alone.
         namespace: begins the name of every table, so that two environments can share one file.
         rules: the deployment's lifetimes and limits.
         clock: replaces this host's `time.time`, for tests that move it.
@@ -113,9 +114,16 @@ class SqlStore(Store):
 
     # ---- tokens and sessions
 
-    def track(self, refs: Sequence[TokenRef], *, continuing: bool = False, reopen: bool = False) -> list[Tracked]:
+    def track(
+        self,
+        refs: Sequence[TokenRef],
+        *,
+        continuing: bool = False,
+        reopen: bool = False,
+        predecessor: str | None = None,
+    ) -> list[Tracked]:
         with self._database.write() as tx:
-            return sql_tokens.track(tx, refs, continuing=continuing, reopen=reopen)
+            return sql_tokens.track(tx, refs, must_continue=continuing and not reopen, predecessor=predecessor)
 
     def armed(self, seconds: Collection[int]) -> None:
         with self._database.write() as tx:

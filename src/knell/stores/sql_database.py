@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -164,7 +164,7 @@ class Database:
 
     def _open(self) -> None:
         self._dispose()
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        _make_file(self._path)
         engine = _engine(self._path)
         try:
             self._seed = _prepare(engine, self._tables, self._path)
@@ -268,6 +268,20 @@ def _identity(path: Path) -> tuple[int, int] | None:
     except FileNotFoundError:
         return None
     return found.st_dev, found.st_ino
+
+
+# Closing a file takes every lock that SQLite has on it in this process: nobody may open it before it is closed.
+_making = threading.Lock()
+
+
+def _make_file(path: Path) -> None:
+    """Make the file, and its folder, for their owner alone: people's identifiers are in it. What is there stays so.
+
+    SQLite makes the files beside it (-wal, -shm) with the same permissions.
+    """
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with _making, suppress(FileExistsError):
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
 
 
 def _engine(path: Path) -> Engine:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import and_, delete, insert, select, update
 
-from knell.errors import CursorLost
+from knell.denylist import strength
 from knell.notices import batch_id_of_revocation
 from knell.revocations import Revocation
 from knell.store import FEED_LENGTH, Change, Cursor, Recorded
 from knell.stores import sql_log
+from knell.stores.feed import changes_after
 from knell.stores.sql_database import Tx
 from knell.stores.sql_tokens import target_of
 
@@ -22,22 +23,25 @@ def revoke(tx: Tx, revocation: Revocation, *, batch_id: str, jws: str) -> Record
     known = _position_of(tx, revocation.id)
     if known is not None:
         tx.add("head", -1)
-        services = sql_log.waiting_services(tx, batch_id_of_revocation(revocation.id))
-        return Recorded(Cursor(tx.epoch, known), False, services)
+        services = sql_log.services_of(tx, batch_id_of_revocation(revocation.id))
+        return Recorded(Cursor(tx.epoch, known, revocation.id), False, services)
     body = json.dumps(revocation.as_json(), separators=(",", ":"), ensure_ascii=False)
     entry = {
         "id": revocation.id,
         "target": target_of(revocation.scope, revocation.iss, revocation.value),
         "position": position,
         "expires_at": revocation.expires_at,
+        "strength": strength(revocation),
         "body": body,
     }
     tx.run(insert(tx.tables.denylist), [entry])
-    tx.run(insert(tx.tables.feed), [{"position": position, "kind": "revoked", "body": body}])
+    change = {"position": position, "kind": "revoked", "revocation_id": revocation.id, "body": body}
+    tx.run(insert(tx.tables.feed), [change])
     table = tx.tables.services
-    services = tuple(row.name for row in tx.rows(select(table.c.name).order_by(table.c.name)))
+    registered = select(table.c.name).where(~table.c.removed).order_by(table.c.name)
+    services = tuple(row.name for row in tx.rows(registered))
     sql_log.add_revocation(tx, batch_id, jws, services, position)
-    return Recorded(Cursor(tx.epoch, position), True, services)
+    return Recorded(Cursor(tx.epoch, position, revocation.id), True, services)
 
 
 def _position_of(tx: Tx, revocation_id: str) -> int | None:
@@ -53,43 +57,25 @@ def _position_of(tx: Tx, revocation_id: str) -> int | None:
 def revocation(tx: Tx, revocation_id: str) -> Revocation | None:
     """See `Store.revocation`."""
     denylist = tx.tables.denylist
-    body = tx.value(select(denylist.c.body).where(denylist.c.id == revocation_id))
+    mine = and_(denylist.c.id == revocation_id, denylist.c.expires_at > tx.now)
+    body = tx.value(select(denylist.c.body).where(mine))
     return None if body is None else Revocation.from_json(json.loads(body))
 
 
 def head(tx: Tx) -> Cursor:
     """See `Feed.head`."""
-    return Cursor(tx.epoch, tx.counter("head"))
+    feed, position = tx.tables.feed, tx.counter("head")
+    return Cursor(tx.epoch, position, tx.value(select(feed.c.revocation_id).where(feed.c.position == position)))
 
 
 def changes(tx: Tx, cursor: Cursor, *, limit: int) -> list[Change]:
     """See `Feed.changes`; without the waiting."""
-    position = tx.counter("head")
-    if cursor.epoch != tx.epoch:
-        # The part before the point is the database's, the rest its file's: a copy of the file has lost nothing by that.
-        emptied = cursor.epoch.partition(".")[0] != tx.epoch.partition(".")[0]
-        raise CursorLost(
-            f"the feed is in epoch {tx.epoch} and the cursor in {cursor.epoch}: the store was emptied or replaced; "
-            "take a snapshot",
-            went_back=emptied or position < cursor.position,
-        )
-    if position < cursor.position:
-        raise CursorLost(
-            f"the feed is at position {position}, behind the cursor's {cursor.position}: the store lost data; "
-            "take a snapshot",
-            went_back=True,
-        )
-    if position == cursor.position:
-        return []
-    trimmed = tx.counter("trimmed")
-    if cursor.position < trimmed:
-        raise CursorLost(
-            f"the feed begins after position {trimmed}, and the cursor is at {cursor.position}; take a snapshot",
-            went_back=False,
-        )
     feed = tx.tables.feed
-    rows = tx.rows(select(feed).where(feed.c.position > cursor.position).order_by(feed.c.position).limit(limit))
-    return [Change(row.position, row.kind, Revocation.from_json(json.loads(row.body))) for row in rows]
+    from_cursor = select(feed).where(feed.c.position >= cursor.position).order_by(feed.c.position).limit(limit + 1)
+    entries = [
+        Change(row.position, row.kind, Revocation.from_json(json.loads(row.body))) for row in tx.rows(from_cursor)
+    ]
+    return changes_after(cursor, head(tx), entries, limit=limit)
 
 
 def snapshot(tx: Tx, *, after: int, limit: int) -> list[Change]:

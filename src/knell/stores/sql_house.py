@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, fields
 
-from sqlalchemy import Table, and_, delete, insert, select, update
+from sqlalchemy import Table, and_, delete, exists, insert, select, update
 
 from knell.store import Begun, Parked, Pruned, ServiceInfo
 from knell.stores import sql_feed, sql_log
 from knell.stores.sql_database import Tx, chunks
+from knell.stores.sql_schema import key_of
 
 # How much of each kind one call of `prune` removes at most: a short transaction, whatever has piled up.
 _PRUNE_LIMIT = 1000
@@ -23,16 +24,17 @@ _DEDUPE_MARGIN_SECONDS = 86_400.0
 def add_service(tx: Tx, name: str) -> bool:
     """See `Store.add_service`."""
     table = tx.tables.services
-    if tx.row(select(table.c.name).where(table.c.name == name)) is not None:
+    if tx.row(select(table.c.name).where(and_(table.c.name == name, ~table.c.removed))) is not None:
         return False
-    tx.run(insert(table), [{"name": name, "added_at": tx.now}])
+    tx.run(delete(table).where(table.c.name == name))
+    tx.run(insert(table), [{"name": name, "added_at": tx.now, "removed": False}])
     return True
 
 
 def remove_service(tx: Tx, name: str) -> bool:
     """See `Store.remove_service`."""
     table = tx.tables.services
-    if not tx.run(delete(table).where(table.c.name == name)):
+    if not tx.run(update(table).where(and_(table.c.name == name, ~table.c.removed)).values(removed=True)):
         return False
     sql_log.forget_service(tx, name)
     return True
@@ -41,9 +43,8 @@ def remove_service(tx: Tx, name: str) -> bool:
 def services(tx: Tx) -> list[ServiceInfo]:
     """See `Store.services`."""
     table, missed = tx.tables.services, sql_log.missed_since(tx)
-    return [
-        ServiceInfo(row.name, row.added_at, missed.get(row.name)) for row in tx.rows(select(table).order_by("name"))
-    ]
+    rows = tx.rows(select(table).where(~table.c.removed).order_by(table.c.name))
+    return [ServiceInfo(row.name, row.added_at, missed.get(row.name)) for row in rows]
 
 
 # ---- dedupe
@@ -54,15 +55,17 @@ def begin(tx: Tx, service: str, batch_id: str, *, holder: str, lease_seconds: fl
     table = tx.tables.dedupe
     mine = and_(table.c.service == service, table.c.batch_id == batch_id)
     found = tx.row(select(table).where(mine))
-    if found is not None and found.holder != holder and found.leased_until > tx.now:
-        return Begun(False, int(found.done, 16), int(found.parked, 16))
     lease = {"holder": holder, "leased_until": tx.now + lease_seconds, "expires_at": _forgotten_at(tx)}
     if found is None:
         row = {"service": service, "batch_id": batch_id, "done": "0", "parked": "0"}
         tx.run(insert(table), [row | lease])
         return Begun(True, 0, 0)
+    done, parked = int(found.done, 16), int(found.parked, 16)
+    others = found.holder not in (None, holder)
+    if others and found.leased_until > tx.now:
+        return Begun(False, done, parked)
     tx.run(update(table).where(mine).values(lease))
-    return Begun(True, int(found.done, 16), int(found.parked, 16))
+    return Begun(True, done, parked, abandoned=found.holder if others and found.leased_until > 0 else None)
 
 
 def mark(
@@ -80,7 +83,8 @@ def mark(
         "expires_at": _forgotten_at(tx),
     }
     if held:
-        values |= {"holder": holder if lease_seconds > 0 else None, "leased_until": tx.now + lease_seconds}
+        # One that is given back has run out, whatever the clock does next.
+        values["leased_until"] = tx.now + lease_seconds if lease_seconds > 0 else 0.0
     if found is None:
         nobodys = {"service": service, "batch_id": batch_id, "holder": None, "leased_until": 0.0}
         tx.run(insert(table), [nobodys | values])
@@ -98,15 +102,25 @@ def _forgotten_at(tx: Tx) -> float:
 
 def park(tx: Tx, entries: Sequence[Parked]) -> None:
     """See `Store.park`."""
-    rows = {entry.id: asdict(entry) for entry in entries}
+    table, rows, jws = tx.tables.parked_jws, {}, dict[bytes, str]()
+    for entry in entries:
+        row = asdict(entry)
+        text = row.pop("jws")
+        row["jws_key"] = None if text is None else key_of(text)
+        rows[entry.id] = row
+        if text is not None:
+            jws[row["jws_key"]] = text
     unpark(tx, rows)
+    known = {row.key for chunk in chunks(jws) for row in tx.rows(select(table.c.key).where(table.c.key.in_(chunk)))}
+    tx.run(insert(table), [{"key": key, "jws": text} for key, text in jws.items() if key not in known])
     tx.run(insert(tx.tables.parked), list(rows.values()))
 
 
 def parked(tx: Tx, *, service: str | None, after: str, limit: int) -> list[Parked]:
     """See `Store.parked`."""
-    table = tx.tables.parked
-    query = select(*(table.c[field.name] for field in fields(Parked))).where(table.c.id > after)
+    table, jws = tx.tables.parked, tx.tables.parked_jws
+    columns = [jws.c.jws if field.name == "jws" else table.c[field.name] for field in fields(Parked)]
+    query = select(*columns).join(jws, jws.c.key == table.c.jws_key, isouter=True).where(table.c.id > after)
     if service is not None:
         query = query.where(table.c.service == service)
     return [Parked(**row._mapping) for row in tx.rows(query.order_by(table.c.id).limit(limit))]
@@ -114,8 +128,13 @@ def parked(tx: Tx, *, service: str | None, after: str, limit: int) -> list[Parke
 
 def unpark(tx: Tx, ids: Collection[str]) -> int:
     """See `Store.unpark`."""
-    table = tx.tables.parked
-    return sum(tx.run(delete(table).where(table.c.id.in_(chunk))) for chunk in chunks(ids))
+    table, jws = tx.tables.parked, tx.tables.parked_jws
+    removed = 0
+    for chunk in chunks(ids):
+        keys = [row.jws_key for row in tx.rows(select(table.c.jws_key).where(table.c.id.in_(chunk)).distinct())]
+        removed += tx.run(delete(table).where(table.c.id.in_(chunk)))
+        tx.run(delete(jws).where(and_(jws.c.key.in_(keys), ~exists().where(table.c.jws_key == jws.c.key))))
+    return removed
 
 
 # ---- leases
@@ -145,16 +164,22 @@ def prune(tx: Tx) -> Pruned:
         changes=sql_feed.trim(tx, limit=_PRUNE_LIMIT),
         notices=notices,
         dedupe=_prune_past(tx, tables.dedupe, "expires_at", tx.now),
-        parked=_prune_past(tx, tables.parked, "at", tx.now - tx.rules.retention_seconds),
+        parked=_prune_parked(tx, tx.now - tx.rules.retention_seconds),
         missed=missed,
     )
+
+
+def _prune_parked(tx: Tx, moment: float) -> int:
+    table = tx.tables.parked
+    old = select(table.c.id).where(table.c["at"] <= moment).order_by(table.c["at"]).limit(_PRUNE_LIMIT)
+    return unpark(tx, [row.id for row in tx.rows(old)])
 
 
 def _prune_past(tx: Tx, table: Table, column: str, moment: float) -> int:
     """Remove at most _PRUNE_LIMIT rows whose time has come."""
     keys = list(table.primary_key.columns)
     # The oldest of them, and no key list: a row is named by as many columns as its table's key has.
-    old = select(*keys).where(table.c[column] < moment).order_by(table.c[column]).limit(_PRUNE_LIMIT)
+    old = select(*keys).where(table.c[column] <= moment).order_by(table.c[column]).limit(_PRUNE_LIMIT)
     rows = tx.rows(old)
     for row in rows:
         tx.run(delete(table).where(and_(*(key == value for key, value in zip(keys, row, strict=True)))))

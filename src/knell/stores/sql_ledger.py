@@ -31,7 +31,10 @@ class TokenRow:
 
 @dataclass(slots=True)
 class SessionRow:
-    """A row of `sessions`: the open life of a session, or one that a detach has closed."""
+    """A row of `sessions`: the open life of a session, or one that a detach has closed.
+
+    `ref` is the token that told its start, or opened it.
+    """
 
     key: bytes
     ref: str
@@ -48,6 +51,13 @@ class SessionRow:
         if self.session_exp is not None:
             return self.session_exp
         return self.last_exp + grace_seconds if grace_seconds > 0 or self.due is not None else None
+
+    def as_ref(self, end: float) -> TokenRef:
+        """What is told of its end by time."""
+        first = read_ref(self.ref)
+        return TokenRef(
+            iss=first.iss, jti="", exp=end, iat=first.iat, sid=first.sid, sub=first.sub, session_exp=self.session_exp
+        )
 
 
 def token_key(iss: str, jti: str) -> bytes:
@@ -127,20 +137,21 @@ class Ledger:
     # ---- changing
 
     def put(self, key: bytes, ref: TokenRef) -> list[int]:
-        """Track a token. Returns the seconds that it, and a session that it gave a due entry, are now under."""
+        """Track a token. Returns the seconds that it, and its session's due entry, are now under."""
         token = self._tokens.get(key)
         if token is not None and token.detached is not None:
-            # It is about to be revoked: it moves, and does not count for its session.
+            # It is about to be revoked: it moves, and stays what it is to its session.
             self._left.add(token.second)
-            token.second, token.ref = ref.second, write_ref(ref)
+            token.second, token.ref = ref.second, write_ref(ref.replace(sid=read_ref(token.ref).sid))
             self._tokens.changed(key)
             return [ref.second]
         seconds = [ref.second]
         life = self._join(token, ref)
-        if life is not None and life.due is None:
+        if life is not None:
             end = life.end(self._tx.rules.session_grace_seconds)
-            if end is not None:
+            if life.due is None and end is not None:
                 life.due = math.ceil(end)
+            if life.due is not None:
                 seconds.append(life.due)
         if token is not None:
             self._left.add(token.second)
@@ -180,7 +191,7 @@ class Ledger:
         if ref.session_exp is not None:
             life.session_exp = max(life.session_exp or 0.0, ref.session_exp)
         if life.started is None:
-            life.started = ref.started
+            life.started, life.ref = ref.started, write_ref(ref)
         self._sessions.changed(key)
         return life
 

@@ -19,6 +19,7 @@ from knell.store import (
     ServiceStatus,
     Waiting,
 )
+from knell.stores.notices import read_notices
 from knell.stores.sql_database import Tx, chunks
 from knell.tokens import TokenRef
 
@@ -36,6 +37,13 @@ def add_expiry(tx: Tx, batch_id: str, entries: Sequence[Claimed], services: Sequ
     _add(tx, batch_id, "expiry", services, todo=(1 << len(entries)) - 1, entries=_write_entries(entries))
 
 
+def without_removed(tx: Tx, services: Sequence[str]) -> list[str]:
+    """The services without those that were removed since the list was read."""
+    table = tx.tables.services
+    removed = {row.name for row in tx.rows(select(table.c.name).where(table.c.removed))}
+    return [name for name in services if name not in removed]
+
+
 def add_revocation(tx: Tx, batch_id: str, jws: str, services: Sequence[str], position: int) -> None:
     """Record the notice of a revocation. Without services the record is closed, and kept for `status`."""
     _add(tx, batch_id, "revocation", services, todo=1, jws=jws, position=position)
@@ -44,7 +52,7 @@ def add_revocation(tx: Tx, batch_id: str, jws: str, services: Sequence[str], pos
 def mark_missed(tx: Tx, service: str, since: float) -> None:
     """See `Store.mark_missed`. A service that was removed has missed nothing."""
     notices, waiting, services = tx.tables.notices, tx.tables.waiting, tx.tables.services
-    if tx.row(select(services.c.name).where(services.c.name == service)) is None:
+    if tx.row(select(services.c.name).where(and_(services.c.name == service, ~services.c.removed))) is None:
         return
     found = tx.row(
         select(notices.c.batch_id, notices.c.since, notices.c.attempts, notices.c.resend_at)
@@ -242,7 +250,11 @@ def open_notices(tx: Tx, *, limit: int) -> list[OpenNotice]:
         if one["todo"] != _CLOSED:
             waiting[batch_id][service] = one
     found.sort(key=lambda row: (row.created_at, row.batch_id))
-    return [_open_notice(row, waiting[row.batch_id]) for row in found]
+    records = {row.batch_id: row for row in found}
+    return read_notices(
+        {batch_id: row.attempts + 1 for batch_id, row in records.items()},
+        lambda batch_id: _open_notice(records[batch_id], waiting[batch_id]),
+    )
 
 
 def _backoff(attempts: int) -> float:
@@ -288,10 +300,10 @@ def status(tx: Tx, revocation_id: str) -> dict[str, ServiceStatus] | None:
     return {row.service: ServiceStatus(row.state, row.at) for row in rows}
 
 
-def waiting_services(tx: Tx, batch_id: str) -> tuple[str, ...]:
-    """The services that a record waits for."""
+def services_of(tx: Tx, batch_id: str) -> tuple[str, ...]:
+    """The services that a revocation's record was made for."""
     waiting = tx.tables.waiting
-    query = select(waiting.c.service).where(and_(waiting.c.batch_id == batch_id, waiting.c.todo != _CLOSED))
+    query = select(waiting.c.service).where(waiting.c.batch_id == batch_id)
     return tuple(row.service for row in tx.rows(query.order_by(waiting.c.service)))
 
 
@@ -313,7 +325,7 @@ def prune(tx: Tx, *, limit: int) -> tuple[int, dict[str, float]]:
     """
     notices = tx.tables.notices
     old = select(notices.c.batch_id).where(
-        and_(notices.c.kind.in_(("expiry", "revocation")), notices.c.created_at < tx.now - tx.rules.retention_seconds)
+        and_(notices.c.kind.in_(("expiry", "revocation")), notices.c.created_at <= tx.now - tx.rules.retention_seconds)
     )
     batch_ids = [row.batch_id for row in tx.rows(old.limit(limit))]
     missed = _drop(tx, batch_ids)
@@ -345,7 +357,7 @@ def _drop(tx: Tx, batch_ids: Collection[str]) -> dict[str, float]:
         query = (
             select(waiting.c.service, func.min(notices.c.created_at).label("since"))
             .join(notices, notices.c.batch_id == waiting.c.batch_id)
-            .join(services, services.c.name == waiting.c.service)
+            .join(services, and_(services.c.name == waiting.c.service, ~services.c.removed))
             .where(and_(waiting.c.batch_id.in_(chunk), waiting.c.todo != _CLOSED))
             .group_by(waiting.c.service)
         )

@@ -42,6 +42,7 @@ class Tables:
     services: Table
     dedupe: Table
     parked: Table
+    parked_jws: Table
     leases: Table
 
 
@@ -109,8 +110,10 @@ def make_tables(namespace: str) -> Tables:
             _some("target", LargeBinary(16)),
             _some("position", BigInteger()),
             _some("expires_at", Float()),
+            # See `denylist.strength`: of those of one target that live, the strongest is what a look-up reads.
+            _some("strength", Float()),
             _some("body", Text()),
-            index("denylist", "target"),
+            index("denylist", "target", "strength", "id"),
             index("denylist", "position"),
             index("denylist", "expires_at"),
         ),
@@ -118,6 +121,7 @@ def make_tables(namespace: str) -> Tables:
             "feed",
             Column("position", BigInteger(), primary_key=True, autoincrement=False),
             _some("kind", Text()),
+            _some("revocation_id", Text()),
             _some("body", Text()),
         ),
         notices=table(
@@ -150,7 +154,8 @@ def make_tables(namespace: str) -> Tables:
             PrimaryKeyConstraint("batch_id", "service"),
             index("waiting", "service"),
         ),
-        services=table("services", _key("name", Text()), _some("added_at", Float())),
+        # A removed service stays as a row: a claim that read the list before may name it.
+        services=table("services", _key("name", Text()), _some("added_at", Float()), _some("removed", Boolean())),
         dedupe=table(
             "dedupe",
             _some("service", Text()),
@@ -173,11 +178,14 @@ def make_tables(namespace: str) -> Tables:
             _some("at", Float()),
             _some("attempts", Integer()),
             _maybe("notice_id", Text()),
-            _maybe("jws", Text()),
+            _maybe("jws_key", LargeBinary(16)),
             _maybe("body", LargeBinary()),
             index("parked", "service", "id"),
             index("parked", "at"),
+            index("parked", "jws_key"),
         ),
+        # A whole batch is parked with one JWS, in as many rows as it has entries.
+        parked_jws=table("parked_jws", _key("key", LargeBinary(16)), _some("jws", Text())),
         leases=table("leases", _key("name", Text()), _some("holder", Text()), _some("leased_until", Float())),
     )
 

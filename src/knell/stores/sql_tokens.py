@@ -30,24 +30,23 @@ _TOKEN = frozenset({"token"})
 _SESSION = frozenset({"session"})
 
 
-def track(tx: Tx, refs: Sequence[TokenRef], *, continuing: bool, reopen: bool) -> list[Tracked]:
+def track(tx: Tx, refs: Sequence[TokenRef], *, must_continue: bool, predecessor: str | None) -> list[Tracked]:
     """See `Store.track`."""
     keys = [token_key(ref.iss, ref.jti) for ref in refs]
     ledger = Ledger(tx)
     ledger.load(keys, {key for ref in refs if (key := session_key(ref)) is not None})
-    denylist = _denylist(tx, refs)
+    denylist = _denylist(tx, refs, predecessor)
     answers, seconds = [], []
     for key, ref in zip(keys, refs, strict=True):
         life = ledger.life_of(session_key(ref))
         started = ref.started if life is None or life.started is None else life.started
+        denied = _refused(denylist, ref, started, predecessor)
+        ended = denied is None and must_continue and ref.sid is not None and life is None
         put: list[int] = []
-        denied, ended = None, continuing and not reopen and ref.sid is not None and life is None
-        if not ended:
-            denied = _refused(denylist, ref, started)
-            if denied is None:
-                put = ledger.put(key, ref)
-            else:
-                _untrack(ledger, key, denied)
+        if denied is not None:
+            _untrack(ledger, key, denied)
+        elif not ended:
+            put = ledger.put(key, ref)
         answers.append(Tracked(ref, denied=denied, session_ended=ended, started=started))
         seconds.append(put)
     emptied = ledger.flush()
@@ -71,13 +70,19 @@ def _with_timers(answers: list[Tracked], seconds: list[list[int]], to_arm: set[i
     return found
 
 
-def _denylist(tx: Tx, refs: Sequence[TokenRef]) -> dict[bytes, list[Revocation]]:
-    table, found = tx.tables.denylist, dict[bytes, list[Revocation]]()
-    for chunk in chunks({target for ref in refs for target in _targets(ref)}):
-        for row in tx.rows(
-            select(table.c.target, table.c.body).where(table.c.target.in_(chunk)).order_by(table.c.position)
-        ):
-            found.setdefault(row.target, []).append(Revocation.from_json(json.loads(row.body)))
+def _denylist(tx: Tx, refs: Sequence[TokenRef], predecessor: str | None) -> dict[bytes, Revocation]:
+    """The strongest revocation that lives of each target that has one; the others are not read."""
+    table, found = tx.tables.denylist, dict[bytes, Revocation]()
+    targets = {target for ref in refs for target in _targets(ref)}
+    if predecessor is not None:
+        targets |= {target_of(Scope.TOKEN, ref.iss, predecessor) for ref in refs}
+    for chunk in chunks(targets):
+        for row in tx.rows(select(table.c.target).where(table.c.target.in_(chunk)).distinct()):
+            lives = and_(table.c.target == row.target, table.c.expires_at > tx.now)
+            strongest_first = (table.c.strength.desc(), table.c.id.desc())
+            body = tx.value(select(table.c.body).where(lives).order_by(*strongest_first).limit(1))
+            if body is not None:
+                found[row.target] = Revocation.from_json(json.loads(body))
     return found
 
 
@@ -91,11 +96,15 @@ def _targets(ref: TokenRef) -> list[bytes]:
     return [target_of(scope, ref.iss, value) for scope, value in named if value is not None]
 
 
-def _refused(denylist: dict[bytes, list[Revocation]], ref: TokenRef, started: float | None) -> Revocation | None:
+def _refused(
+    denylist: dict[bytes, Revocation], ref: TokenRef, started: float | None, predecessor: str | None
+) -> Revocation | None:
     if not denylist:
         return None
-    entries = (entry for target in _targets(ref) for entry in denylist.get(target, ()))
-    return next((entry for entry in entries if entry.refuses(ref, started=started)), None)
+    if predecessor is not None and (stolen := denylist.get(target_of(Scope.TOKEN, ref.iss, predecessor))):
+        return stolen
+    found = (denylist[target] for target in _targets(ref) if target in denylist)
+    return next((one for one in found if one.refuses(ref, started=started)), None)
 
 
 # ---- timers
@@ -135,9 +144,9 @@ def due(tx: Tx, *, before: float, limit: int) -> list[int]:
 def session(tx: Tx, iss: str, sid: str) -> float | None:
     """See `Store.session`."""
     table = tx.tables.sessions
-    key = key_of(iss, sid)
-    found: float | None = tx.value(select(table.c.started).where(and_(table.c.key == key, table.c.closed_by.is_(None))))
-    return found
+    is_open = and_(table.c.key == key_of(iss, sid), table.c.closed_by.is_(None))
+    found = tx.row(select(table.c.started).where(is_open))
+    return None if found is None else found.started or 0.0
 
 
 def detach(tx: Tx, iss: str, jti: str, revocation_id: str) -> Detached:
@@ -174,7 +183,9 @@ def attach(tx: Tx, iss: str, jti: str, revocation_id: str) -> None:
         life = ledger.own_life(token)
     if life is not None:
         ledger.count_in(life)
-        life.last_exp = max(life.last_exp, read_ref(token.ref).exp)
+        if token.second > math.ceil(life.last_exp):
+            # It was moved while it was detached. Up to a second late, and never early: as the store on Redis does it.
+            life.last_exp = float(token.second)
         token.life = life.life
     token.detached, token.closed = None, False
     ledger.changed(token)
@@ -198,6 +209,7 @@ def claim(tx: Tx, second: int, *, services: Sequence[str], limit: int) -> Claim 
     tokens, sessions = ledger.load_second(second, limit)
     if not tokens and not sessions:
         return None
+    closed = frozenset(n for n, token in enumerate(tokens) if ledger.closed_life(token) is not None)
     ended = [_claim_token(ledger, token) for token in tokens]
     moved = set()
     for row in sessions:
@@ -206,15 +218,15 @@ def claim(tx: Tx, second: int, *, services: Sequence[str], limit: int) -> Claim 
             ledger.move_session(row, math.ceil(end))
             moved.add(math.ceil(end))
         else:
-            ref = read_ref(row.ref).replace(jti="", exp=row.last_exp if end is None else end)
-            ended.append((ref, _SESSION, row.started))
+            ended.append((row.as_ref(row.last_exp if end is None else end), _SESSION, row.started))
             ledger.drop_session(row)
     more = second not in ledger.flush()
     entries = tuple(Claimed(n, *one) for n, one in enumerate(ended))
+    services = sql_log.without_removed(tx, services)
     batch_id = new_batch_id("e") if entries and services else ""
     if batch_id:
         sql_log.add_expiry(tx, batch_id, entries, services)
-    return Claim(batch_id, entries, tuple(sorted(_arm(tx, moved))), more)
+    return Claim(batch_id, entries, tuple(sorted(_arm(tx, moved))), more, closed)
 
 
 def _claim_token(ledger: Ledger, token: TokenRow) -> tuple[TokenRef, frozenset[str], float | None]:

@@ -1,6 +1,7 @@
 -- Moves members of a second into the notice log. ARGV: now, buckets, partitions, grace, lease, immediate, second, limit,
 -- batch id, seconds to the first re-send, then the services.
--- Answers false (no members), {now} (not due), or {more, recorded, body, the seconds to arm}.
+-- Answers false (no members), {now} (not due), or {more, recorded, body ("" if it was recorded), the seconds to arm, the
+-- numbers of the entries whose session a detach has closed}.
 local TOKEN_ENDS, SESSION_ENDS = 1, 2
 
 local now = clock(ARGV[1])
@@ -11,16 +12,11 @@ if now < at then
   return {text(now)}
 end
 local second = get_second(at)
-local earlier = redis.call('HGET', record_key(ARGV[9]), 'b')
-if earlier then
-  -- The same call again, whose first answer was lost.
-  return {second.stored and 1 or 0, 1, earlier, {}}
-end
 if not second.stored then
   return false
 end
 
-local names, entries, rearm = {}, {}, {}
+local names, entries, rearm, closed = {}, {}, {}, {}
 
 local function add_entry(ends, session, field, tail)
   local start = session and session.start
@@ -37,7 +33,6 @@ local function claim_token(field)
   end
   local ends = TOKEN_ENDS
   local session = token.sid ~= '' and get_session(token.sid) or nil
-  local closed_by_it = session and session.closed and session.closer == field
   if is_live_in(token, session) then
     session.live = session.live - 1
     if session.live == 0 and session.due == 0 then
@@ -46,8 +41,9 @@ local function claim_token(field)
     else
       put_session(session)
     end
-  elseif closed_by_it then
+  elseif has_closed(token, session) then
     ends = ends + SESSION_ENDS
+    closed[#closed + 1] = #entries
     delete_session(session)
   elseif session and session.life ~= token.life then
     session = nil
@@ -66,7 +62,7 @@ local function claim_session(field)
   local ending = session.has_exp and session.ending or session.ending + grace
   if math.ceil(ending) <= at then
     delete_session(session)
-    add_entry(SESSION_ENDS, session, field, struct.pack('>Bd', session.has_exp and 1 or 0, ending) .. session.subject)
+    add_entry(SESSION_ENDS, session, field, struct.pack('>Bd', session.has_exp and 1 or 0, ending) .. session.about)
     return true
   end
   session.due = math.ceil(ending)
@@ -91,6 +87,14 @@ end
 
 local taken, seen = 0, 0
 second.changed = true
+
+local function count(claimed)
+  if claimed then
+    taken = taken + 1
+    second.count = second.count - 1
+  end
+end
+
 while taken < limit and seen < 2 * limit do
   local members = next_members(limit - taken)
   if #members == 0 then
@@ -98,23 +102,24 @@ while taken < limit and seen < 2 * limit do
     break
   end
   seen = seen + #members
+  local sessions = {}
   for _, field in ipairs(members) do
-    local claimed
     if kind_of(field) == SESSION then
-      claimed = claim_session(field)
+      sessions[#sessions + 1] = field
     else
-      claimed = claim_token(field)
+      count(claim_token(field))
     end
-    if claimed then
-      taken = taken + 1
-      second.count = second.count - 1
-    end
+  end
+  -- After the tokens, which tell their session's start.
+  for _, field in ipairs(sessions) do
+    count(claim_session(field))
   end
 end
 local more = second.count > 0
 put_seconds()
 
-local body = pack_item(pack_strings(names)) .. table.concat(entries)
+local strings = pack_strings(names)
+local body = struct.pack('>I4', #strings) .. strings .. table.concat(entries)
 local services = {}
 for i = 11, #ARGV do
   services[#services + 1] = ARGV[i]
@@ -127,4 +132,4 @@ if recorded then
   end
   record(ARGV[9], 'e', now, body, live, services, now + tonumber(ARGV[10]))
 end
-return {more and 1 or 0, recorded and 1 or 0, body, rearm}
+return {more and 1 or 0, recorded and 1 or 0, recorded and '' or body, rearm, closed}

@@ -1,4 +1,4 @@
--- Starts every script. KEYS[1] is the slot's tag, for example "{knell:0}"; every key begins with it.
+-- Starts every script. KEYS[1] is the slot's tag, for example "{knell:1}"; every key begins with it.
 local tag = KEYS[1]
 
 -- `given` is "" for the server's own clock.

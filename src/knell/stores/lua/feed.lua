@@ -1,7 +1,12 @@
 -- The denylist and its change feed.
---   :m  epoch, pos (the last position)    :f  the feed, a stream with ids "<position>-0"
---   :v  revocation id -> position, its deny key, the revocation    :y  deny key -> ids    :p  ids by position
---   :x  ids by when they leave            :s  service -> when it was added              :ms  service -> its missed record
+--   :m  epoch, pos and last (position and revocation id of the last change)    :f  the feed, ids "<position>-0"
+--   :v  revocation id -> position, its deny key, the revocation    :p  ids by position    :x  ids by when they leave
+--   :y:<deny key>  the ids under it, by strength
+--   :s  service -> when it was added    :ms  service -> its missed record
+local PAGE = 100
+-- How many keys one command takes: Lua's stack is bounded.
+local MOST_KEYS = 1000
+
 local function pack_revocation(position, deny_key, revocation)
   return struct.pack('>I8', position) .. pack_item(deny_key) .. revocation
 end
@@ -11,38 +16,54 @@ local function unpack_revocation(packed)
   return position, deny_key, string.sub(packed, at)
 end
 
-local function ids_under(deny_key)
-  local packed = redis.call('HGET', tag .. ':y', deny_key) or ''
-  local ids, at = {}, 1
-  while at <= #packed do
-    ids[#ids + 1], at = struct.unpack('>I2c0', packed, at)
-  end
-  return ids
+-- `feed` is the tag of the feed's slot, which need not be the script's own.
+local function denied_by(feed, deny_key)
+  return feed .. ':y:' .. deny_key
 end
 
-local function put_ids(deny_key, ids)
-  if #ids == 0 then
-    redis.call('HDEL', tag .. ':y', deny_key)
-    return
+-- The strongest revocation of a key that has not expired; the others are not read.
+local function strongest(feed, key, now)
+  local from = 0
+  while true do
+    local ids = redis.call('ZREVRANGE', key, from, from + PAGE - 1)
+    for _, id in ipairs(ids) do
+      if tonumber(redis.call('ZSCORE', feed .. ':x', id)) > now then
+        local _, _, revocation = unpack_revocation(redis.call('HGET', feed .. ':v', id))
+        return revocation
+      end
+    end
+    if #ids < PAGE then
+      return nil
+    end
+    from = from + PAGE
   end
-  local packed = {}
-  for i, id in ipairs(ids) do
-    packed[i] = pack_item(id)
+end
+
+-- What is denied under some deny keys: {number of the key, revocation} for each that is.
+local function look(feed, deny_keys, now)
+  local keys, hits = {}, {}
+  for i, deny_key in ipairs(deny_keys) do
+    keys[i] = denied_by(feed, deny_key)
   end
-  redis.call('HSET', tag .. ':y', deny_key, table.concat(packed))
+  for from = 1, #keys, MOST_KEYS do
+    local to = math.min(from + MOST_KEYS - 1, #keys)
+    if redis.call('EXISTS', unpack(keys, from, to)) > 0 then
+      for i = from, to do
+        local found = strongest(feed, keys[i], now)
+        if found then
+          hits[#hits + 1] = {i - 1, found}
+        end
+      end
+    end
+  end
+  return hits
 end
 
 local function remove_revocation(id)
   local packed = redis.call('HGET', tag .. ':v', id)
   if packed then
     local _, deny_key = unpack_revocation(packed)
-    local left = {}
-    for _, other in ipairs(ids_under(deny_key)) do
-      if other ~= id then
-        left[#left + 1] = other
-      end
-    end
-    put_ids(deny_key, left)
+    redis.call('ZREM', denied_by(tag, deny_key), id)
   end
   redis.call('HDEL', tag .. ':v', id)
   redis.call('ZREM', tag .. ':p', id)

@@ -1,6 +1,7 @@
 -- The notice log of one slot.
---   :n:<batch id>  a record: k kind, c created, a attempts, b body, l bitmap of its entries, st settled, z since, y bytes;
---                  w:<service> what the service has closed and until when it is held; s:<service> its state (revocations)
+--   :n:<batch id>  a record: k kind, c created, a attempts, t who took it last, b body, l bitmap of its entries,
+--                  st settled, z since, y bytes, p position (revocations); w:<service> what the service has closed and
+--                  until when it is held; s:<service> its state (revocations)
 --   :o  open records by when they are sent again    :c  records by when they were made    :b  bytes of the open records
 local RECORD_OVERHEAD = 256
 

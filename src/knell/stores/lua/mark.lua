@@ -8,7 +8,7 @@ local held = found[1] == ARGV[4]
 if held and lease > 0 then
   redis.call('HSET', key, 'u', text(now + lease))
 elseif held then
-  redis.call('HSET', key, 'h', '', 'u', '0')
+  redis.call('HSET', key, 'u', '0')
 end
 keep(key, now, tonumber(ARGV[2]))
 return held and 1 or 0

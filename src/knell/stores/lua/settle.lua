@@ -9,7 +9,7 @@ local live = without(found[2], ARGV[2])
 if is_empty(live) then
   return remove_record(batch)
 end
-local at = 3 + struct.unpack('>I2', found[3])
+local at = 5 + struct.unpack('>I4', found[3])
 local kept = {string.sub(found[3], 1, at - 1)}
 while at <= #found[3] do
   local size, n = struct.unpack('>I2I2', found[3], at)

@@ -133,13 +133,13 @@ local function delete_token(token)
 end
 
 -- Sessions. `ending` is its session_exp if has_exp, else the last exp seen; `due` the second of its own entry, 0 if none;
--- `subject` whose it is, kept only for that entry; `closer` the token whose detaching closed it.
+-- `about` what that entry tells of the token that told the start; `closer` the token whose detaching closed it.
 
-local CLOSED, STARTED, HAS_EXP, DUE_AT_END, HAS_DUE, HAS_SUBJECT = 1, 2, 4, 8, 16, 32
+local CLOSED, STARTED, HAS_EXP, DUE_AT_END, HAS_DUE, HAS_ABOUT = 1, 2, 4, 8, 16, 32
 
 local function parse_session(packed)
   local flags, life, live, ending, at = struct.unpack('>BI2I3d', packed)
-  local session = {life = life, live = live, ending = ending, due = 0, subject = '', packed = packed}
+  local session = {life = life, live = live, ending = ending, due = 0, about = ''}
   session.closed = bit.band(flags, CLOSED) ~= 0
   session.has_exp = bit.band(flags, HAS_EXP) ~= 0
   if bit.band(flags, STARTED) ~= 0 then
@@ -150,8 +150,8 @@ local function parse_session(packed)
   elseif bit.band(flags, HAS_DUE) ~= 0 then
     session.due, at = struct.unpack('>I5', packed, at)
   end
-  if bit.band(flags, HAS_SUBJECT) ~= 0 then
-    session.subject, at = unpack_field(packed, at)
+  if bit.band(flags, HAS_ABOUT) ~= 0 then
+    session.about, at = unpack_field(packed, at)
   end
   session.closer = string.sub(packed, at)
   return session
@@ -179,23 +179,34 @@ local function put_session(session)
   elseif session.due ~= 0 then
     flags, tail = flags + HAS_DUE, tail .. struct.pack('>I5', session.due)
   end
-  if session.due ~= 0 and session.subject ~= '' then
-    flags, tail = flags + HAS_SUBJECT, tail .. pack_field(session.subject)
+  -- Where the start is a whole second a later entry needs it as well: an iat decides what a cut-off says of it.
+  if session.about ~= '' and (session.due ~= 0 or session.start == math.floor(session.start or 0.5)) then
+    flags, tail = flags + HAS_ABOUT, tail .. pack_field(session.about)
   end
-  session.packed = struct.pack('>BI2I3d', flags, session.life, session.live, session.ending) .. tail .. session.closer
-  redis.call('HSET', session.key, session.field, session.packed)
+  local head = struct.pack('>BI2I3d', flags, session.life, session.live, session.ending)
+  redis.call('HSET', session.key, session.field, head .. tail .. session.closer)
 end
 
 local function delete_session(session)
   redis.call('HDEL', session.key, session.field)
 end
 
+local function pack_start(session)
+  return session and session.start and struct.pack('>d', session.start) or ''
+end
+
+-- Of a token and its session's record (nil if there is none).
+
 local function is_live_in(token, session)
   return session and not session.closed and token.detached == 0 and token.life == session.life
 end
 
--- Seconds. A value is a byte of state, 8 bytes of lease if leased, then the members, or their number if they spilled over
--- into a list. What was moved out of a spilled second stays in its list until it is popped: its record then names another
+local function has_closed(token, session)
+  return session and session.closed and session.closer == token.field
+end
+
+-- Seconds. A value is a byte of state, 8 bytes of lease if leased (until when, and a call's mark), then the members, or
+-- their number if they spilled over into a list. What was moved out of a spilled second stays in its list until it is popped: its record then names another
 -- second, and it does not count.
 
 local seconds = {}
@@ -217,7 +228,7 @@ local function get_second(at)
   second.confirmed = bit.band(state, CONFIRMED) ~= 0
   second.spilled = bit.band(state, SPILLED) ~= 0
   if bit.band(state, LEASED) ~= 0 then
-    second.lease, from = struct.unpack('>d', packed, from)
+    second.lease, second.mark, from = struct.unpack('>I6I2', packed, from)
   end
   if second.spilled then
     second.count = struct.unpack('>I4', packed, from)
@@ -266,7 +277,7 @@ local function put_second(second)
   if second.confirmed then
     state = CONFIRMED
   elseif second.lease > 0 then
-    state, head = LEASED, struct.pack('>d', second.lease)
+    state, head = LEASED, struct.pack('>I6I2', second.lease, second.mark)
   end
   local inline = {}
   local size = 1 + #head
@@ -300,18 +311,20 @@ local function put_seconds()
   end
 end
 
--- True once in a call for a second that has no timer: the caller is to publish one.
-local function must_arm(at, now, lease, immediate)
+-- True once in a call for a second that has no timer: the caller is to publish one. By its `mark`, if it has one (not 0),
+-- a call knows its own lease when it is sent again because the answer that told of the lease was lost.
+local function must_arm(at, now, lease, immediate, mark)
   local second = get_second(at)
   if second.asked then
     return false
   end
   second.asked = true
-  if at - now > immediate and (second.confirmed or second.lease > now) then
+  local leased = second.lease > now * 1000 and second.mark ~= mark
+  if at - now > immediate and (second.confirmed or leased) then
     return false
   end
   if not second.confirmed then
-    second.lease = now + lease
+    second.lease, second.mark = math.floor((now + lease) * 1000), mark or 0
     second.changed = true
   end
   return true

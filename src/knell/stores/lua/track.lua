@@ -1,18 +1,27 @@
--- Records tokens. ARGV: now, buckets, partitions, grace, lease, immediate, continuing, number of strings, the strings,
--- then each token packed. Answers now, then for each token: what became of it, the seconds to arm (0: none), and its
--- session's record after and before.
-local ENDED, COUNTED = 1, 2
-local UUID_JTI, HAS_SID, UUID_SID, HAS_EXP_CLAIM, HAS_START = 1, 2, 4, 8, 16
+-- Records tokens, in their order. ARGV: now, buckets, partitions, grace, lease, immediate, continuing, the call's mark, the
+-- feed's tag, number of deny keys, the deny keys, number of strings, the strings, then each token packed.
+-- Answers {0, what is denied}, and has changed nothing, if anything is under the deny keys. Else {1}, then for each token:
+-- 1 if its session has ended, the seconds to arm (0: none), and its session's start ("" if not known).
+local UUID_JTI, HAS_SID, UUID_SID, HAS_EXP_CLAIM, HAS_START, REFUSED, END_TOLD = 1, 2, 4, 8, 16, 32, 64
 
 local now = clock(ARGV[1])
-open_layout(ARGV[2], ARGV[3], true)
-local grace, lease, immediate = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
+local grace, lease, immediate, mark = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[8])
 local continuing = ARGV[7] == '1'
-local strings = {}
-local first = 9 + tonumber(ARGV[8])
-for i = 9, first - 1 do
-  strings[#strings + 1] = ARGV[i]
+
+-- A number of arguments, then so many of them, and where the next one is.
+local function read_arguments(at)
+  local last = at + tonumber(ARGV[at])
+  return {unpack(ARGV, at + 1, last)}, last + 1
 end
+
+local deny_keys, strings, first
+deny_keys, first = read_arguments(10)
+local hits = look(ARGV[9], deny_keys, now)
+if #hits > 0 then
+  return {0, hits}
+end
+strings, first = read_arguments(first)
+open_layout(ARGV[2], ARGV[3], true)
 
 local numbers = {}
 local function number_of(index)
@@ -38,106 +47,122 @@ local function number_or_literal(index)
   return LITERAL, pack_item(strings[index])
 end
 
+local function session_of(token)
+  return token.sid ~= '' and get_session(token.sid) or nil
+end
+
+-- Whether its session's end hangs on a token's own entry.
+local function carries_end(token, session)
+  return has_closed(token, session) or (is_live_in(token, session) and session.live == 1 and session.due == 0)
+end
+
+-- Takes a token out of its session, which goes with its last one.
+local function leave(token)
+  local session = session_of(token)
+  if carries_end(token, session) then
+    delete_session(session)
+  elseif is_live_in(token, session) then
+    session.live = session.live - 1
+    put_session(session)
+  end
+end
+
+-- Takes out what was recorded of a token that is refused, unless its session's end, which nobody else tells, hangs on it.
+local function untrack(token, end_told)
+  if end_told or not carries_end(token, session_of(token)) then
+    leave(token)
+    remove_member(token.second, token.field)
+    delete_token(token)
+  end
+end
+
 local life
-local function open_session(key, field, start, ending, has_exp)
+local function open_session(key, field, ending, has_exp)
   life = life or new_life()
   return {
-    key = key, field = field, life = life, live = 0, start = start,
-    ending = ending, has_exp = has_exp, due = 0, subject = '', closer = '',
+    key = key, field = field, life = life, live = 0, ending = ending, has_exp = has_exp, due = 0, about = '', closer = '',
   }
 end
 
--- Takes the token's earlier record out. True if it counts as a live token of `session` already.
-local function take_out(old, session, second)
-  if old.second ~= second then
-    remove_member(old.second, old.field)
+-- Lets a token carry its session on.
+local function extend(session, start, about, exp, session_exp)
+  if session_exp then
+    session.ending = session.has_exp and math.max(session.ending, session_exp) or session_exp
+    session.has_exp = true
+  elseif not session.has_exp then
+    session.ending = math.max(session.ending, exp)
   end
-  if old.detached == 1 then
-    redis.call('HDEL', tag .. ':d', old.field)
-    local closed = old.sid ~= '' and get_session(old.sid)
-    if closed and closed.closer == old.field and (not session or session.field ~= old.sid) then
-      delete_session(closed)
-    end
-    return false
+  if not session.start or session.about == '' then
+    session.about = about
   end
-  if old.sid == '' then
-    return false
+  session.start = session.start or start
+  if session.due == 0 and (session.has_exp or grace > 0) then
+    session.due = math.ceil(session.has_exp and session.ending or session.ending + grace)
+    add_member(session.due, session.field)
   end
-  if session and session.field == old.sid then
-    return is_live_in(old, session)
-  end
-  local left = get_session(old.sid)
-  if is_live_in(old, left) then
-    left.live = left.live - 1
-    if left.live == 0 and left.due == 0 then
-      delete_session(left)
-    else
-      put_session(left)
-    end
-  end
-  return false
+end
+
+local function arm(second)
+  return must_arm(second, now, lease, immediate, mark) and second or 0
 end
 
 local function track(packed)
-  local flags, issuer, client, kid, second, exp, session_exp, start, jti, sid, subject, rest =
+  local flags, issuer, client, kid, second, exp, session_exp, start, jti, sid, about, rest =
     struct.unpack('>BI2I2I2I5dddI2c0I2c0I2c0I2c0', packed)
-  local has_exp = bit.band(flags, HAS_EXP_CLAIM) ~= 0
-  if bit.band(flags, HAS_START) == 0 then
-    start = nil
-  end
-  local session, session_key, session_field
+  local refused = bit.band(flags, REFUSED) ~= 0
+  session_exp = bit.band(flags, HAS_EXP_CLAIM) ~= 0 and session_exp or nil
+  start = bit.band(flags, HAS_START) ~= 0 and start or nil
+  local session, session_key
+  local session_field = ''
   if bit.band(flags, HAS_SID) ~= 0 then
     session_field = make_field(number_of(issuer), SESSION, bit.band(flags, UUID_SID) / UUID_SID, sid)
     session, session_key = get_session(session_field)
-    if continuing and (not session or session.closed) then
-      return {ENDED, 0, 0, '', ''}
+    session = session and not session.closed and session or nil
+    if continuing and not session and not refused then
+      return {1, 0, 0, ''}
     end
   end
   local field = make_field(number_of(issuer), 0, bit.band(flags, UUID_JTI), jti)
-  local old, token_key = get_token(field)
-  local counted = old and take_out(old, session, second)
-  if not old or old.second ~= second then
+  local token, token_key = get_token(field)
+  if refused then
+    if token then
+      untrack(token, bit.band(flags, END_TOLD) ~= 0)
+    end
+    return {0, 0, 0, pack_start(session)}
+  end
+  if not token or token.second ~= second then
+    if token then
+      remove_member(token.second, field)
+    end
     add_member(second, field)
   end
-  local before, arm_session = session and session.packed or '', false
-  local token = {key = token_key, field = field, detached = 0, second = second, life = 0, sid = session_field or ''}
-  if session_field then
-    if not session or session.closed then
-      session = open_session(session_key, session_field, start, has_exp and session_exp or exp, has_exp)
-    elseif has_exp then
-      session.ending = session.has_exp and math.max(session.ending, session_exp) or session_exp
-      session.has_exp = true
-    elseif not session.has_exp then
-      session.ending = math.max(session.ending, exp)
+  local arm_session = 0
+  -- One that is being revoked stays what it is to its session.
+  if not token or token.detached == 0 then
+    local counted = token and token.sid == session_field and is_live_in(token, session)
+    if token and not counted then
+      leave(token)
     end
-    session.start = session.start or start
-    session.subject = session.subject ~= '' and session.subject or subject
-    if not counted then
-      session.live = session.live + 1
+    token = {key = token_key, field = field, detached = 0, life = 0, sid = session_field}
+    if session_field ~= '' then
+      session = session or open_session(session_key, session_field, session_exp or exp, session_exp ~= nil)
+      extend(session, start, about, exp, session_exp)
+      session.live = session.live + (counted and 0 or 1)
+      put_session(session)
+      token.life = session.life
+      arm_session = session.due ~= 0 and arm(session.due) or 0
     end
-    if session.due == 0 and (session.has_exp or grace > 0) then
-      session.due = math.ceil(session.has_exp and session.ending or session.ending + grace)
-      add_member(session.due, session_field)
-    end
-    put_session(session)
-    token.life = session.life
-    arm_session = session.due ~= 0 and must_arm(session.due, now, lease, immediate)
   end
   local client_literal, kid_literal
+  token.second = second
   token.client, client_literal = number_or_literal(client)
   token.kid, kid_literal = number_or_literal(kid)
   token.rest = rest .. client_literal .. kid_literal
   put_token(token)
-  return {
-    counted and COUNTED or 0,
-    must_arm(second, now, lease, immediate) and second or 0,
-    arm_session and session.due or 0,
-    session_field and session.packed or '',
-    before,
-  }
+  return {0, arm(second), arm_session, pack_start(session)}
 end
 
-local answer = {text(now)}
+local answer = {1}
 for i = first, #ARGV do
   answer[#answer + 1] = track(ARGV[i])
 end
