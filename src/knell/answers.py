@@ -91,6 +91,7 @@ def answer(
     patience: Patience,
     now: float,
     put_back_at: float,
+    in_halves: bool = False,
 ) -> Answer:
     """Sort the entries of a run into done, parked, retrying, and those that the run did not come to.
 
@@ -99,6 +100,7 @@ def answer(
         done, parked_before: which of them are done, by now, and which were parked by an earlier run.
         failed: the error of each that failed.
         put_back_at: when entries that are none of these come again, without counting as tried.
+        in_halves: let them come in two messages.
     """
     batch_id, tried = asked[0].batch_id, errand.attempt + 1
     last = tried >= patience.max_attempts
@@ -112,7 +114,9 @@ def answer(
         out.append(errand.again(again, attempt=tried, eta=etas[-1]))
     if left:
         etas.append(put_back_at)
-        out.append(errand.again(left, attempt=errand.attempt, eta=put_back_at))
+        half = len(left) // 2 if in_halves else 0
+        parts = [part for part in (left[:half], left[half:]) if part]
+        out += [errand.again(part, attempt=errand.attempt, eta=put_back_at) for part in parts]
     if parked:
         out.append(messages.parked(errand.service, errand.jws, parked, attempts=tried))
     receipt = Receipt(

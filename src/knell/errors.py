@@ -145,6 +145,10 @@ class GiveUp(KnellError):
     """Raised by a handler: this notice can never be handled here, park it now instead of trying again."""
 
 
+class ProcessDied(KnellError):
+    """Stands where a handler's error would: the process that called it died over it, and could not say why."""
+
+
 class BatchFailed(KnellError):
     """Raised by a batch handler: only these notices failed, the others are done.
 

@@ -205,12 +205,15 @@ class Issuer:
         Raises:
             InvalidClaims: there is no sid, the signature is wrong, or session_exp has passed.
             SessionEnded: the session has ended, and `reopen` is False.
-            SessionRevoked, Unavailable: as `issue`. While the store is away, an ended session is not noticed.
+            SessionRevoked: as `issue`; or the token to go on from is revoked: what was stolen is not refreshed.
+            Unavailable: as `issue`. While the store is away, neither an ended session nor a revoked token is noticed.
         """
         old = self._read(token) if isinstance(token, str) else dict(token)
         now, away = self._clock.read()
         made = refreshed_claims(old, claims, iss=self.iss, now=now, ttl_seconds=ttl_seconds, rules=self._rules)
-        return self._mint(made, headers, away=away, continuing=True, reopen=reopen)
+        jti = old.get("jti")
+        predecessor = jti if isinstance(jti, str) else None
+        return self._mint(made, headers, away=away, continuing=True, reopen=reopen, predecessor=predecessor)
 
     def track(self, token: str | Mapping[str, Any] | TokenRef) -> Tracking:
         """Track a token that somebody else minted.
@@ -376,6 +379,7 @@ class Issuer:
         away: StoreUnavailable | None,
         continuing: bool = False,
         reopen: bool = False,
+        predecessor: str | None = None,
     ) -> Issued:
         if self._key is None:
             raise InvalidSettings("this Issuer has no key to sign tokens with; pass key= and algorithm=")
@@ -387,7 +391,7 @@ class Issuer:
             token = jwt.encode(claims, key.key, algorithm=key.algorithm, headers={**(headers or {}), "kid": key.kid})
         except (TypeError, ValueError) as error:
             raise InvalidClaims(f"the claims cannot be written as JSON: {error}") from None
-        tracking = self._track([ref], away=away, continuing=continuing, reopen=reopen)[0]
+        tracking = self._track([ref], away=away, continuing=continuing, reopen=reopen, predecessor=predecessor)[0]
         if tracking.refused is not None:
             raise tracking.refused
         assert tracking.recorded is not None
@@ -413,30 +417,33 @@ class Issuer:
         away: StoreUnavailable | None,
         continuing: bool = False,
         reopen: bool = False,
+        predecessor: str | None = None,
     ) -> list[Tracking]:
         """Track in pages. A store that does not answer is waited for once: all that is left is queued together."""
         found: list[Tracking] = []
         while away is None and len(found) < len(refs):
             try:
-                tracked = self._store.track(refs[len(found) :][:PAGE], continuing=continuing, reopen=reopen)
+                page = refs[len(found) :][:PAGE]
+                tracked = self._store.track(page, continuing=continuing, reopen=reopen, predecessor=predecessor)
             except StoreUnavailable as error:
                 away = error
             else:
                 self._armer.arm(second for each in tracked for second in each.must_arm)
-                found += [self._tracking(each) for each in tracked]
+                found += [self._tracking(each, predecessor) for each in tracked]
         if away is not None and (left := refs[len(found) :]):
             recorded = self._queue_tracking(left, away)
             found += [Tracking(ref, recorded) for ref in left]
         return found
 
-    def _tracking(self, tracked: Tracked) -> Tracking:
+    def _tracking(self, tracked: Tracked, predecessor: str | None) -> Tracking:
         if tracked.session_ended:
             assert tracked.ref.sid is not None
             raise SessionEnded(tracked.ref.iss, tracked.ref.sid)
         denied = tracked.denied
         if denied is None:
             return Tracking(tracked.ref, "store")
-        if not denied.refuses(tracked.ref):
+        of_predecessor = denied.scope is Scope.TOKEN and denied.value == predecessor
+        if not denied.refuses(tracked.ref) and not of_predecessor:
             # Only the store knows how old its session is; verifiers see a fresh token, so it is revoked by name.
             self._revoke(revocation_of_refreshed(tracked.ref, denied, now=self._clock.now(), rules=self._rules))
         return Tracking(tracked.ref, None, SessionRevoked(denied.id, denied.reason))

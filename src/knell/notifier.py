@@ -42,6 +42,10 @@ from knell.trust import Trust, TrustFile
 PATIENCE_SECONDS = 2.0
 # How long a page of notices may take to be confirmed before the sweep is asked to send it again.
 CONFIRM_SECONDS = 10.0
+# How long a revocation may take from the moment that it closes a session to the moment that it is recorded: a call of
+# the store. An end that would be told twice is held back as long, and looked at this often.
+REVOKE_SECONDS = 2.0
+REVOKE_PAUSE_SECONDS = 0.05
 # Revocations that have served their time are remembered this much longer: an end that is claimed late, after an outage,
 # may have been told by one.
 KEEP_SECONDS = 6 * 3600.0
@@ -165,7 +169,14 @@ class Notifier:
 
     def _settle(self, claim: Claim | OpenNotice) -> list[Ended]:
         """Drop what a revocation has told. The feed is read after the claim: whatever was revoked before it is seen."""
+        closed = claim.closed if isinstance(claim, Claim) else frozenset()
         ended = self._still_untold(claim.entries)
+        for _ in range(round(REVOKE_SECONDS / REVOKE_PAUSE_SECONDS)):
+            if not any(each.entry.n in closed and "session" in each.ends for each in ended):
+                break
+            # Somebody revokes such a token at this moment, and tells of its session too; or died before he could.
+            self._sleep(REVOKE_PAUSE_SECONDS)
+            ended = self._still_untold(claim.entries)
         kept = {each.entry.n for each in ended}
         self.store.settle(claim.batch_id, dead=[entry.n for entry in claim.entries if entry.n not in kept])
         return ended
@@ -178,6 +189,11 @@ class Notifier:
             if ends:
                 found.append(Ended(entry, ends))
         return found
+
+    def _as_told(self, entries: Iterable[Claimed]) -> list[Ended]:
+        """Entries of a page that was told before: each is told again, without the part that a revocation has told."""
+        self._follower.catch_up()
+        return [Ended(entry, entry.ends - self._ends_by_revocation(entry) or entry.ends) for entry in entries]
 
     def _ends_by_revocation(self, entry: Claimed) -> frozenset[str]:
         denylist = self._follower.denylist
@@ -325,7 +341,7 @@ class Notifier:
         if notice.kind == "missed":
             since = notice.since if notice.since is not None else notice.created_at
             return self._sign(notice.batch_id, [_missed_notice(notice.batch_id, since)]), "missed notices"
-        ended = [Ended(entry, entry.ends) for entry in notice.entries] if notice.settled else self._settle(notice)
+        ended = self._as_told(notice.entries) if notice.settled else self._settle(notice)
         if not ended:
             return None, ""
         notices = [_expiry_notice(notice.batch_id, each) for each in ended]

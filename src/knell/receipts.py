@@ -273,7 +273,7 @@ def _first_argument(message: Message) -> object:
 
 
 def _command(message: Message) -> str | None:
-    """The signed command of a message; None if it is none. Nobody has checked it, but its type is not that of a token."""
+    """The signed command of a message; None if it is none. Nobody has checked it, but by its type it is no token."""
     try:
         jws = _first_argument(message)
         return jws if isinstance(jws, str) and commands.is_command(jws) else None

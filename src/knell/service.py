@@ -24,8 +24,8 @@ from uuid import uuid4
 
 import structlog
 
-from knell.answers import Errand, Patience, answer, one_line
-from knell.errors import InvalidInput, InvalidSettings, MessageRefused, StoreUnavailable, Unavailable
+from knell.answers import Answer, Errand, Patience, answer, one_line
+from knell.errors import InvalidInput, InvalidSettings, MessageRefused, ProcessDied, StoreUnavailable, Unavailable
 from knell.keys import NOTICE_TYPE, TrustedKey
 from knell.marks import Marks
 from knell.notices import (
@@ -203,18 +203,17 @@ class Service:
         if not isinstance(replay, bool):
             raise MessageRefused("replay is neither true nor false")
         errand = Errand(service=self.name, jws=jws, attempt=attempt, root_id=root_id)
-        holder = uuid4().hex
-        batch_id = dedupe_id(asked[0])
+        holder, batch_id, record = _holder(asked), asked[0].batch_id, dedupe_id(asked[0])
         marks = Marks(
             self.resources.dedupe,
             self.name,
-            batch_id,
+            record,
             holder=holder,
             lease_seconds=self._lease_seconds,
             each=self._each,
         )
         try:
-            begun = self.resources.dedupe.begin(self.name, batch_id, holder=holder, lease_seconds=self._lease_seconds)
+            begun = self.resources.dedupe.begin(self.name, record, holder=holder, lease_seconds=self._lease_seconds)
             if begun.granted and replay:
                 marks.unpark(sum(1 << notice.n for notice in asked))
         except StoreUnavailable as error:
@@ -223,25 +222,37 @@ class Service:
         if not begun.granted:
             self._put_back(errand, asked, replay, why="another copy of it is being worked on")
             return None
-        return self._run(errand, asked, marks, done=begun.done, parked=0 if replay else begun.parked)
-
-    def _run(self, errand: Errand, asked: Sequence[Notice], marks: Marks, *, done: int, parked: int) -> Receipt:
-        run = Run(self._handlers, marks, self.resources, one_at_a_time=self._each)
-        with marks:
-            run.run([notice for notice in asked if not (done | parked) >> notice.n & 1])
+        done, parked = begun.done, 0 if replay else begun.parked
+        left = [notice for notice in asked if not (done | parked) >> notice.n & 1]
+        # The last process that worked on these has died: if one of them killed it, it kills the next one too. They come
+        # again in two messages, those in two, until the one that kills is alone; then it counts as tried.
+        suspects = [notice for notice in left if begun.abandoned and _worked_on(begun.abandoned) >> notice.n & 1]
+        failed = self._run([notice for notice in left if notice not in suspects], marks)
+        if len(suspects) == 1:
+            failed[suspects[0].n] = ProcessDied("the process that handled it has died")
         done |= marks.done
         found = answer(
             errand,
             asked,
             done={notice.n for notice in asked if done >> notice.n & 1},
             parked_before={notice.n for notice in asked if parked >> notice.n & 1},
-            failed=run.failed,
+            failed=failed,
             patience=self._patience,
             now=self._clock(),
             put_back_at=self._soon(),
+            in_halves=bool(suspects),
         )
-        for n, error in run.failed.items():
-            log.warning("handler_failed", service=self.name, notice=f"{asked[0].batch_id}.{n}", error=one_line(error))
+        for n, failure in failed.items():
+            log.warning("handler_failed", service=self.name, notice=f"{batch_id}.{n}", error=one_line(failure))
+        return self._send(found, marks)
+
+    def _run(self, left: Sequence[Notice], marks: Marks) -> dict[int, Exception]:
+        run = Run(self._handlers, marks, self.resources, one_at_a_time=self._each)
+        with marks:
+            run.run(left)
+        return run.failed
+
+    def _send(self, found: Answer, marks: Marks) -> Receipt:
         try:
             self.resources.publish(found.messages)
         except Unavailable:
@@ -315,6 +326,15 @@ def dedupe_id(notice: Notice) -> str:
     if not _of_revocation(notice.batch_id):
         return notice.batch_id
     return f"{notice.batch_id} {hashlib.sha256(notice.iss.encode()).hexdigest()[:16]}"
+
+
+def _holder(asked: Sequence[Notice]) -> str:
+    """Names a run for its lease. It also tells, should the process die, which entries it was working on."""
+    return f"{uuid4().hex}-{sum(1 << notice.n for notice in asked):x}"
+
+
+def _worked_on(holder: str) -> int:
+    return int(holder.rpartition("-")[2] or "0", 16)
 
 
 def _of_revocation(batch_id: str) -> bool:

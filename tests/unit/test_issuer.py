@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from typing import Any
 from uuid import uuid4
 
 import jwt
 import pytest
+from kombu import Queue
 
 from knell import (
     AsyncIssuer,
@@ -25,11 +28,14 @@ from knell import (
     Settings,
     UnknownService,
 )
-from knell.errors import Unavailable
-from knell.keys import SigningKey
+from knell.commands import MAX_TOKENS, CommandReader
+from knell.errors import StoreUnavailable, Unavailable
+from knell.keys import SigningKey, trust_list
 from knell.publisher import connect
 from knell.store import Store, open_store
-from knell.topology import EXPIRY, declare, service_queue
+from knell.tokens import TokenRef
+from knell.topology import COMMANDS, EXPIRY, declare, service_queue
+from tests.contract.making import Clock
 
 ISS = "https://auth.example"
 KEY = SigningKey.generate()
@@ -78,6 +84,111 @@ def test_issue_mints_and_tracks(deployed: Settings, store: Store, algorithm: str
     assert issued.token not in repr(issued)
 
 
+class Counted:
+    """A store that counts its calls, and is away from the call of a name on that comes after so many others of it."""
+
+    def __init__(self, store: Store, **away_after: int) -> None:
+        self._store = store
+        self._away_after = away_after
+        self._away = False
+        self.calls: Counter[str] = Counter()
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._store, name)
+        if not callable(found):
+            return found
+
+        def call(*args: Any, **options: Any) -> Any:
+            self._away = self._away or self.calls[name] == self._away_after.get(name)
+            self.calls[name] += 1
+            if self._away:
+                raise StoreUnavailable("away")
+            return found(*args, **options)
+
+        return call
+
+
+def many(store: Store, count: int) -> list[TokenRef]:
+    """Tokens that end within the next three seconds."""
+    now = math.floor(store.time())
+    return [TokenRef(iss=ISS, jti=f"t{n}", iat=now, exp=now + 1 + n % 3, sid=f"s{n}") for n in range(count)]
+
+
+def claimed(store: Store, clock: Clock, seconds: Iterable[int]) -> list[str]:
+    """What these seconds have, once they are due."""
+    found: list[str] = []
+    for second in sorted(seconds):
+        clock.reach(second)
+        while (claim := store.claim(second, services=["shop"])) is not None:
+            found += [entry.ref.jti for entry in claim.entries]
+            if not claim.more:
+                break
+    return found
+
+
+def commanded(settings: Settings, clock: Callable[[], float]) -> list[list[str]]:
+    """What each command on the broker asks to track, as the notifier reads it."""
+    reader = CommandReader(trust_list(settings), settings.audience, clock, settings.rules)
+    found = []
+    with connect(settings) as connection:
+        queue = Queue(COMMANDS, channel=connection.channel())
+        while (message := queue.get()) is not None:
+            message.ack()
+            [jws] = json.loads(message.body)[0]
+            found.append([ref.jti for ref in reader.track(jws).refs])
+    return found
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def still(deployed: Settings, clock: Clock) -> Iterator[Store]:
+    """The same store, on a clock that the test moves."""
+    store = open_store(deployed.store_url, namespace=deployed.namespace, rules=deployed.rules, clock=clock)
+    yield store
+    store.close()
+
+
+def test_thousands_are_tracked_in_a_few_calls_of_the_store(deployed: Settings, still: Store, clock: Clock) -> None:
+    """A round trip for each thousand, whatever it is that they have to be asked; every one of them is tracked."""
+    counted: Any = Counted(still)
+    refs = many(still, 2500)
+    with Issuer(ISS, KEY, settings=deployed, store=counted, clock=clock) as issuer:
+        found = issuer.track_many(refs)
+    assert [each.ref for each in found] == refs
+    assert {each.recorded for each in found} == {"store"}
+    assert counted.calls["track"] == 3
+    # Beside those: the store's clock once, and once for each page that the timers are confirmed of it.
+    assert sum(counted.calls.values()) <= 3 + 1 + 3
+    assert sorted(claimed(still, clock, {ref.second for ref in refs})) == sorted(ref.jti for ref in refs)
+
+
+@pytest.mark.parametrize(
+    ("away_after", "tracked"),
+    [({"time": 0}, 0), ({"track": 0}, 0), ({"track": 1}, 1000)],
+    ids=["from the first call", "for the first thousand", "for the second thousand"],
+)
+def test_with_the_store_away_thousands_are_queued(
+    deployed: Settings, still: Store, clock: Clock, away_after: dict[str, int], tracked: int
+) -> None:
+    """The commands hold all that the store did not take, and a store that is away is not asked for each thousand."""
+    counted: Any = Counted(still, **away_after)
+    refs = many(still, 2500)
+    with Issuer(ISS, KEY, settings=deployed, store=counted, clock=clock) as issuer:
+        found = issuer.track_many(refs)
+    assert [each.ref for each in found] == refs
+    assert [each.recorded for each in found] == ["store"] * tracked + ["queued"] * (2500 - tracked)
+    commands = commanded(deployed, clock)
+    assert max(len(command) for command in commands) <= MAX_TOKENS
+    assert len(commands) == (2500 - tracked) / MAX_TOKENS
+    assert sorted(jti for command in commands for jti in command) == sorted(ref.jti for ref in refs[tracked:])
+    assert sorted(claimed(still, clock, {ref.second for ref in refs})) == sorted(ref.jti for ref in refs[:tracked])
+    assert counted.calls["track"] <= tracked / 1000 + 1
+
+
 def test_a_second_gets_one_timer(issuer: Issuer, deployed: Settings) -> None:
     """Tokens that end in the same second share a timer on the broker."""
     end = math.floor(time.time()) + 100.5
@@ -97,12 +208,11 @@ def test_refresh_carries_the_session_on(issuer: Issuer) -> None:
 
 def test_refresh_of_a_session_that_has_ended_is_refused(issuer: Issuer) -> None:
     """A session that ended stays ended, unless a new life of it is asked for by name."""
-    first = issuer.issue({"sub": "alice", "sid": "s-1"}, ttl_seconds=60)
-    issuer.revoke("token", {"jti": first.ref.jti})
+    long_ago = {"iss": ISS, "sub": "alice", "sid": "s-1", "jti": "j-1"}
     with pytest.raises(SessionEnded) as ended:
-        issuer.refresh(first.token, ttl_seconds=60)
+        issuer.refresh(long_ago, ttl_seconds=60)
     assert (ended.value.iss, ended.value.sid) == (ISS, "s-1")
-    assert issuer.refresh(first.token, ttl_seconds=60, reopen=True).ref.sid == "s-1"
+    assert issuer.refresh(long_ago, ttl_seconds=60, reopen=True).ref.sid == "s-1"
 
 
 def test_session_exp_ends_tokens_with_the_session(issuer: Issuer) -> None:
