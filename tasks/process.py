@@ -10,7 +10,7 @@ from typing import Any
 
 import structlog
 from celery.exceptions import Reject
-from celery.signals import setup_logging, worker_shutdown
+from celery.signals import setup_logging, worker_ready, worker_shutdown
 
 from knell import logs, topology
 from knell.errors import MessageRefused, Unavailable
@@ -60,10 +60,15 @@ def _prepare() -> None:
     if settings.embedded:
         with connect(settings) as connection:
             topology.declare(connection, [service.name for service in notifier().store.services()], settings=settings)
-    _receipts().start()
 
 
 before_first_message(app, _prepare)
+
+
+@worker_ready.connect
+def _start(**_: Any) -> None:
+    # Not before: with -B the worker forks beat as it starts, and a thread could hold a lock at that moment.
+    _receipts().start()
 
 
 @worker_shutdown.connect
