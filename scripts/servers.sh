@@ -7,7 +7,8 @@
 # Exits 0 when both were found, 1 otherwise, with the command to run. Nothing is started on a default port.
 set -eu
 
-policy=/usr/sbin/policy-rc.d
+# What Debian asks before it starts a daemon; another path is for tests.
+policy=${KNELL_POLICY_RC_D:-/usr/sbin/policy-rc.d}
 saved=
 
 find_one() {

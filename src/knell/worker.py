@@ -145,6 +145,22 @@ class Consumer(consumer.Consumer):
     # Celery sets these; its types do not say so.
     task_consumer: Any
     connection_errors: tuple[type[Exception], ...]
+    first_connection_attempt: bool
+
+    def ensure_connected(self, conn: Any) -> Any:
+        """Celery's, for an account that is refused as well, once it was accepted: it may be made anew, or its password.
+
+        Celery takes that for an error that nothing can mend, and the worker exits.
+        """
+        while True:
+            try:
+                return super().ensure_connected(conn)
+            except AccessRefused as error:
+                if self.first_connection_attempt:
+                    raise
+                log.error("broker_refuses_this_account", error=str(error))
+                state.maybe_shutdown()
+                time.sleep(MISSING_QUEUE_SECONDS)
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Message], Any]:
         """Celery's handler of incoming messages, behind the gate."""

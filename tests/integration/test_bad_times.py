@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import time
+import socket
+import threading
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
+from typing import Literal
 from uuid import uuid4
 
 import pytest
@@ -19,8 +22,10 @@ pytestmark = [pytest.mark.rabbitmq, pytest.mark.redis]
 
 ISS = "https://auth.example"
 KEY = SigningKey.generate()
-# A request path may wait for the store's time-out and then for the broker's, and a little for this machine.
-BOUND_SECONDS = 10.0
+# A call of an issuer asks the store for the time and then does its work, each with one more try.
+STORE_TRIES = 4
+# The breaker spares the broker a second one; after a pause of a second it may be asked again.
+BROKER_TRIES = 2
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +70,7 @@ def issuer(deployment: Deployment) -> Iterator[Issuer]:
 def test_with_the_store_away_commands_wait_on_the_broker(
     deployment: Deployment, issuer: Issuer, redis: RedisServer
 ) -> None:
-    """issue and revoke return within their bound and say "queued"; all of it is carried out when the store is back."""
+    """issue and revoke say "queued"; all of it is carried out when the store is back."""
     before = issuer.issue({"sub": "u", "sid": f"s-{uuid4()}"}, ttl_seconds=300)
     with Verifier(
         keys=KEY.verifying_key, algorithms=["EdDSA"], issuer=ISS, audience=None, settings=deployment.settings
@@ -73,10 +78,8 @@ def test_with_the_store_away_commands_wait_on_the_broker(
         assert verifier.wait_ready(10)
         redis.kill()
         try:
-            started = time.monotonic()
             issued = issuer.issue({"sub": "u", "sid": f"s-{uuid4()}"}, ttl_seconds=4)
             revoked = issuer.revoke("token", {"jti": before.ref.jti}, reason="stolen")
-            assert time.monotonic() - started < 2 * BOUND_SECONDS
             assert (issued.recorded, revoked.recorded) == ("queued", "queued")
         finally:
             redis.start()
@@ -97,24 +100,57 @@ def test_with_the_store_away_commands_wait_on_the_broker(
         assert len(deployment.records(service=service, event="token", jti=issued.ref.jti)) == 1
 
 
-def test_with_both_away_the_policy_decides(
-    deployment: Deployment, rabbitmq_server: RabbitServer, redis: RedisServer
-) -> None:
-    """Neither store nor broker: raise, or allow and say that it is recorded nowhere; never hang."""
-    away = replace(
-        deployment.settings, broker_url="amqp://guest:guest@127.0.0.1:1/x", store_url="redis://127.0.0.1:1/0"
-    )
-    for policy in ("raise", "allow"):
-        with Issuer(ISS, KEY, settings=away, when_unavailable=policy) as issuer:  # type: ignore[arg-type]
-            started = time.monotonic()
+class Door:
+    """A port where every connection is closed at once.
+
+    Attributes:
+        port: on 127.0.0.1.
+        knocks: how many connections there were.
+    """
+
+    def __init__(self) -> None:
+        self.knocks = 0
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self._thread = threading.Thread(target=self._refuse, name="door", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._listener.close()
+
+    def _refuse(self) -> None:
+        while True:
+            try:
+                visitor, _ = self._listener.accept()
+            except OSError:
+                return  # it was shut
+            self.knocks += 1
+            visitor.close()
+
+
+@pytest.mark.parametrize("policy", ["raise", "allow"])
+def test_with_both_away_the_policy_decides(deployment: Deployment, policy: Literal["raise", "allow"]) -> None:
+    """Neither store nor broker: raise, or allow and say that it is recorded nowhere, after a try or two of each."""
+    with closing(Door()) as store, closing(Door()) as broker:
+        away = replace(
+            deployment.settings,
+            broker_url=f"amqp://guest:guest@127.0.0.1:{broker.port}/x",
+            store_url=f"redis://127.0.0.1:{store.port}/0",
+        )
+        with Issuer(ISS, KEY, settings=away, when_unavailable=policy) as issuer:
             if policy == "raise":
                 with pytest.raises(Unavailable, match="neither"):
                     issuer.issue({"sub": "u"}, ttl_seconds=60)
             else:
                 assert issuer.issue({"sub": "u"}, ttl_seconds=60).recorded == "nowhere"
+            assert 1 <= store.knocks <= STORE_TRIES
+            assert 1 <= broker.knocks <= BROKER_TRIES
             with pytest.raises(Unavailable, match="nothing was revoked"):
                 issuer.revoke("subject", {"sub": "u"})
-            assert time.monotonic() - started < 2 * BOUND_SECONDS
+        assert store.knocks <= 2 * STORE_TRIES
+        assert broker.knocks <= 2 * BROKER_TRIES
 
 
 def test_a_service_away_for_longer_than_the_retention_is_told_so(deployment: Deployment, issuer: Issuer) -> None:

@@ -7,11 +7,12 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.deployment import until
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_SECONDS = 100.0
@@ -103,8 +104,10 @@ def test_a_second_signal_does_not_interrupt_the_ending(demo: subprocess.Popen[st
     """An impatient Ctrl-C, Ctrl-C, Ctrl-C leaves no process behind either."""
     read_until(demo, "all are ready")
     for _ in range(3):
+        left = len(children(environ))
         demo.send_signal(signal.SIGINT)
-        time.sleep(0.05)
+        # The next one comes in the middle of the ending.
+        until(lambda left=left: len(children(environ)) < max(left, 1), what="a process of the demo has ended")
     output, _ = demo.communicate(timeout=DEADLINE_SECONDS)
     assert demo.returncode == 128 + signal.SIGINT, output
     assert children(environ) == []

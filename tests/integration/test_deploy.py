@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import stat
 import subprocess
 import sys
 import time
@@ -9,8 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+from uuid import uuid4
 
 import pytest
+import redis
 from amqp.exceptions import AccessRefused
 from kombu import Connection
 
@@ -18,7 +23,8 @@ from knell import topology
 from knell.connection import connect
 from knell.settings import Settings
 from tests.deployment import ROOT, Deployment, environ_of, make_keys, until
-from tests.servers import RabbitServer, start_rabbitmq
+from tests.servers import RABBITMQ_BIN, Process, RabbitServer, find_program, free_port, start_rabbitmq
+from tests.unit.test_compose import SERVICES
 
 pytestmark = [pytest.mark.rabbitmq]
 
@@ -76,11 +82,86 @@ def test_an_account_speaks_for_itself_only(accounts: dict[str, str]) -> None:
 def test_a_missing_password_is_named(rabbitmq_server: RabbitServer, settings: Callable[..., Settings]) -> None:
     """Nothing is made before every password is there."""
     made = settings(broker_url=rabbitmq_server.vhost(), broker_api_url=rabbitmq_server.api_url)
-    command = [sys.executable, "deploy/accounts.py", "gateway"]
-    done = subprocess.run(command, cwd=ROOT, env=environ_of(made), capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "deploy/accounts.py", "attic", "cellar"]  # names that no other test has made
+    environ = environ_of(made) | {"ATTIC_BROKER_PASSWORD": "attic-secret"}
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=60)
     assert done.returncode != 0
-    assert "GATEWAY_BROKER_PASSWORD is not set" in done.stderr
-    assert "gateway" not in [user["name"] for user in rabbitmq_server.api("GET", "/api/users")]
+    assert "CELLAR_BROKER_PASSWORD is not set" in done.stderr
+    assert not {"attic", "cellar"} & {user["name"] for user in rabbitmq_server.api("GET", "/api/users")}
+
+
+# ---- the servers
+
+
+class ComposedRedis:
+    """Redis as docker-compose.yml starts and asks it, with a folder and a port of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        find_program("redis-server")
+        self.conf = directory / "redis.conf"
+        self.password = uuid4().hex
+        self._port = free_port()
+        (directory / "data").mkdir()
+        self._environ = {"PATH": os.environ["PATH"], "REDIS_PASSWORD": self.password}
+        places = {
+            "$$": "$",
+            "/tmp/redis.conf": str(self.conf),
+            '"dir /data"': f'"dir {directory / "data"}" "port {self._port}" "bind 127.0.0.1"',
+        }
+        *shell, script = SERVICES["redis"]["command"]
+        for place, here in places.items():
+            assert place in script
+            script = script.replace(place, here)
+        self.script = script
+        self.process = Process([*shell, script], directory=directory, environ=self._environ)
+
+    def health(self, **environ: str) -> int:
+        """The exit status of its health check."""
+        kind, words = SERVICES["redis"]["healthcheck"]["test"]
+        assert kind == "CMD-SHELL"
+        script = words.replace("$$", "$").replace("redis-cli ", f"redis-cli -p {self._port} ")
+        return subprocess.run(
+            ["sh", "-c", script], env=self._environ | environ, capture_output=True, timeout=60
+        ).returncode
+
+    def client(self, password: str | None) -> redis.Redis:
+        """A client that logs in like this."""
+        return redis.Redis(port=self._port, password=password, decode_responses=True)
+
+
+@pytest.mark.redis
+def test_the_redis_of_a_deployment_keeps_what_it_has_and_tells_nobody(tmp_path: Path) -> None:
+    """It asks for the password, shows it to no other user, evicts nothing, and has its data after a kill -9."""
+    server = ComposedRedis(tmp_path)
+    assert server.health() != 0
+    try:
+        server.process.run(lambda: server.health() == 0)
+        assert server.health(REDIS_PASSWORD="wrong") != 0
+        with server.client(None) as nobody, pytest.raises(redis.AuthenticationError):
+            nobody.ping()
+        with server.client(server.password) as client:
+            for name, value in (("appendonly", "yes"), ("appendfsync", "everysec"), ("save", ""),
+                                ("maxmemory-policy", "noeviction")):  # fmt: skip
+                assert client.config_get(name) == {name: value}
+            client.set("denied", "for good")
+        # What a process list would show.
+        assert "REDIS_PASSWORD" not in server.script.partition("exec ")[2]
+        assert stat.S_IMODE(server.conf.stat().st_mode) == 0o600
+        server.process.signal(signal.SIGKILL)
+        assert server.health() != 0
+        server.process.run(lambda: server.health() == 0)
+        with server.client(server.password) as client:
+            assert client.get("denied") == "for good"
+    finally:
+        server.process.stop()
+
+
+def rabbitmq_health(server: RabbitServer) -> int:
+    """The exit status of RabbitMQ's health check in docker-compose.yml."""
+    kind, program, *words = SERVICES["rabbitmq"]["healthcheck"]["test"]
+    assert kind == "CMD"
+    command = [str(find_program(program, also=[RABBITMQ_BIN])), *words]
+    return subprocess.run(command, env=server._environ, capture_output=True, timeout=60).returncode
 
 
 # ---- the sign of life
@@ -91,13 +172,17 @@ def own_broker(tmp_path: Path) -> Iterator[RabbitServer]:
     """A RabbitMQ that may be killed."""
     server = start_rabbitmq(tmp_path / "rabbitmq")
     yield server
+    server.kill()
     server.stop()
 
 
 def test_the_health_file_tells_whether_a_worker_is_connected(
     own_broker: RabbitServer, settings: Callable[..., Settings], tmp_path: Path
 ) -> None:
-    """It is touched every 2 s while the worker is connected, grows old without a broker, and is touched again."""
+    """It is touched every 2 s while the worker is connected, grows old without a broker, and is touched again.
+
+    The health check of the broker itself says the same.
+    """
     notice_key, trust = make_keys(tmp_path)
     made = settings(
         broker_url=own_broker.vhost(),
@@ -118,7 +203,9 @@ def test_the_health_file_tells_whether_a_worker_is_connected(
         deployment.start_notifier(beat=False)
         first = until(lambda: alive.exists() and alive.stat().st_mtime, what="the file is touched")
         until(lambda: alive.stat().st_mtime > first, seconds=15, what="it is touched again")
+        assert rabbitmq_health(own_broker) == 0
         own_broker.kill()
+        assert rabbitmq_health(own_broker) != 0
         until(lambda: age() > 8, seconds=40, what="it grows old without a broker")
         own_broker.start()
         until(lambda: age() < 3, seconds=60, what="it is touched again with the broker back")

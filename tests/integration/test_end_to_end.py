@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import re
 import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
-from uuid import uuid4
+from datetime import datetime
+from itertools import pairwise
+from typing import Any, NamedTuple
+from uuid import UUID, uuid4
 
 import pytest
 
-from knell import Issuer, SessionEnded, SessionRevoked, TokenExpired, TokenRevoked, Verifier
+from knell import Issuer, SessionEnded, SessionRevoked, TokenExpired, TokenRef, TokenRevoked, Verifier
 from knell.keys import SigningKey
 from knell.publisher import connect, queue_depth
 from knell.topology import service_queue
@@ -184,17 +189,58 @@ def test_timers_wait_in_the_broker_and_survive_the_notifier(
     deployment.start_notifier()
 
 
-def test_with_every_timer_gone_the_sweep_tells_everything(deployment: Deployment) -> None:
-    """The pull-based backstop: purge what the broker holds, and every end is told all the same."""
+class Sweep(NamedTuple):
+    """One sweep, as the notifier's log has it: when it was received and when it was over (Unix seconds)."""
+
+    began: float
+    ended: float
+    told: int
+
+
+def sweeps(deployment: Deployment) -> list[Sweep]:
+    """Those that are over, in order, but for any that found another one at work."""
+    began: dict[str, float] = {}
+    found: list[Sweep] = []
+    for line in deployment.log_of("notifier").read_text().split("\n")[:-1]:
+        if "Task knell.sweep[" not in line:
+            continue
+        entry = json.loads(line)
+        at = datetime.fromisoformat(entry["timestamp"]).timestamp()
+        if received := re.match(r"Task knell\.sweep\[(\S+)\] received", entry["event"]):
+            began[received[1]] = at
+        elif over := re.match(r"Task knell\.sweep\[(\S+)\] succeeded in .*: '(\d+) told", entry["event"]):
+            found.append(Sweep(began[over[1]], at, int(over[2])))
+    alone = [later for earlier, later in pairwise(found) if earlier.ended <= later.began]
+    return found[:1] + alone
+
+
+def claimed_at(record: dict[str, Any]) -> float:
+    """When an end was taken out of its second: a record's id is `e<partition>-<UUIDv7>.<n>`."""
+    return UUID(record["id"].partition("-")[2].partition(".")[0]).int / 2**80 / 1000
+
+
+def test_with_every_timer_gone_the_next_sweep_tells(deployment: Deployment) -> None:
+    """The pull-based backstop: whatever the broker has lost, the first sweep after its end tells of a token."""
     with Issuer(ISS, KEY, settings=deployment.settings) as issuer:  # its end waits for the timers' confirms
-        issued = [issuer.issue(claims("u", f"s-{uuid4()}"), ttl_seconds=5 + n / 4) for n in range(4)]
+        refs = [issuer.issue(claims("u", f"s-{uuid4()}"), ttl_seconds=5 + n / 4).ref for n in range(4)]
     with connect(deployment.settings) as connection, connection.channel() as channel:
         for level in range(28):
             channel.queue_purge(f"celery_delayed_{level}")
         channel.queue_purge("knell.expiry")
-    for each in issued:
-        found = deployment.wait_for_records(len(SERVICES), event="token", jti=each.ref.jti)
-        assert all(record["time"] >= each.ref.exp for record in found)
+    # Right behind a sweep, and over before the next: no sweep can arm a timer for it.
+    before = len(sweeps(deployment))
+    until(lambda: len(sweeps(deployment)) > before, what="a sweep is over")
+    now = deployment.store.time()
+    untimed = TokenRef(iss=ISS, jti=str(uuid4()), exp=now + 0.2, iat=now, sub="u", sid=f"s-{uuid4()}")
+    deployment.store.track([untimed])
+    for ref in (untimed, *refs):
+        told = deployment.wait_for_records(len(SERVICES), event="token", jti=ref.jti)
+        sweep = until(
+            lambda ref=ref: next((each for each in sweeps(deployment) if each.began >= ref.second), None),
+            what="a sweep after its end is over",
+        )
+        assert all(ref.exp <= record["time"] for record in told)
+        assert {claimed_at(record) <= sweep.ended for record in told} == {True}
 
 
 def test_a_notice_that_the_broker_lost_is_sent_again(deployment: Deployment, issuer: Issuer) -> None:
@@ -229,11 +275,16 @@ def test_expired_tokens_are_refused_without_asking_anyone(issuer: Issuer, verifi
     assert time.time() >= issued.ref.exp
 
 
-def test_at_rest_every_queue_is_empty(deployment: Deployment) -> None:
-    """After a drain nothing waits anywhere, and nothing was dead-lettered unseen."""
-    for queue in (*map(service_queue, SERVICES), "knell.receipts", "knell.commands", "knell.dead"):
+def test_at_rest_every_queue_is_empty(deployment: Deployment, issuer: Issuer) -> None:
+    """When all has been told nothing waits anywhere, and nothing was dead-lettered unseen."""
+    known = {each.id for each in deployment.store.parked()}
+    expiring = issuer.issue(claims("u", f"s-{uuid4()}"), ttl_seconds=1)
+    revoked = issuer.revoke("session", {"sid": f"s-{uuid4()}"}, wait_for=SERVICES)
+    assert {name: each.state for name, each in revoked.services.items()} == dict.fromkeys(SERVICES, "done")
+    deployment.wait_for_records(len(SERVICES), event="session", jti=expiring.ref.jti)
+    for queue in (*map(service_queue, SERVICES), "knell.expiry", "knell.receipts", "knell.commands", "knell.dead"):
         until(lambda queue=queue: queue_depth(deployment.settings, queue) == 0, what=f"{queue} is empty")
-    assert [each for each in deployment.store.parked() if each.notice_id is None] == []
+    assert {each.id for each in deployment.store.parked()} == known
 
 
 def _delayed(deployment: Deployment) -> int:

@@ -14,14 +14,16 @@ from uuid import UUID, uuid4
 
 import pytest
 import redis
+from structlog.testing import capture_logs
 
 from knell.errors import CursorLost, InvalidSettings, StoreUnavailable
-from knell.notices import Receipt, batch_id_of_revocation, new_batch_id, partition_of_batch
+from knell.notices import Receipt, batch_id_of_revocation, partition_of_batch
 from knell.revocations import make_revocation
 from knell.settings import Rules
-from knell.store import Parked
+from knell.store import Claim, Parked
 from knell.stores.redis import RedisStore
 from knell.tokens import TokenRef
+from tests.proxy import Proxy
 from tests.servers import RedisServer, free_port, start_redis
 
 pytestmark = pytest.mark.redis
@@ -141,6 +143,30 @@ def test_a_restored_older_state_went_back(server: RedisServer, own: RedisStore) 
     assert lost(own, ahead).went_back
 
 
+def test_changes_that_a_crash_took_are_noticed_though_there_are_as_many_new_ones(
+    tmp_path: Path, open_on: Callable[..., RedisStore]
+) -> None:
+    """What was not on the disk is lost; the change at the cursor tells, however far the head has come since."""
+    server = start_redis(tmp_path, extra=["--appendonly", "no"])
+    try:
+        store = open_on(server.url)
+        revoke(store, "kept")
+        with redis.Redis.from_url(server.url) as client:
+            client.save()
+        kept = store.head()
+        revoke(store, "lost")
+        cursor = store.head()
+        server.kill()
+        server.start()
+        for value in ("new1", "new2"):
+            revoke(store, value)
+        assert store.head().position == cursor.position + 1
+        assert not lost(store, kept).went_back
+        assert lost(store, cursor).went_back
+    finally:
+        server.kill()
+
+
 def test_a_waiting_reader_notices_an_emptied_store(server: RedisServer, own: RedisStore) -> None:
     """A reader that waits for changes finds out within about a second that the store was emptied."""
     revoke(own, "s1")
@@ -220,6 +246,30 @@ def test_a_wrong_password_is_an_error_without_it(redis_server: RedisServer, open
     with pytest.raises(StoreUnavailable) as caught:
         store.ping()
     assert "s3cret" not in str(caught.value)
+
+
+def test_a_failover_that_keeps_connections_open_is_followed(
+    server: RedisServer, own: RedisStore, tmp_path: Path, open_on: Callable[..., RedisStore]
+) -> None:
+    """Where open connections lead to what has become a replica, the store opens new ones, which lead to the primary."""
+    with redis.Redis.from_url(server.url) as client:
+        client.config_set("repl-diskless-sync-delay", 0)
+    other = start_redis(tmp_path / "other", extra=["--replicaof", "127.0.0.1", str(server.port)])
+    proxy = Proxy(server.port)
+    try:
+        store = open_on(f"redis://127.0.0.1:{proxy.port}/0")
+        store.track([make_token(1)])
+        with redis.Redis.from_url(server.url) as old, redis.Redis.from_url(other.url) as new:
+            wait_for(lambda: new.info("replication")["master_link_status"] == "up")
+            new.replicaof("NO", "ONE")
+            old.replicaof("127.0.0.1", other.port)
+        proxy._target = other.port
+        assert store.track([make_token(2)])[0].must_arm
+        revoke(store, "s1")
+        assert [change.revocation.value for change in open_on(other.url).snapshot()] == ["s1"]
+    finally:
+        proxy.close()
+        other.kill()
 
 
 def test_every_idle_connection_survives_a_restart(server: RedisServer, own: RedisStore) -> None:
@@ -400,6 +450,7 @@ def test_a_whole_life_over_four_partitions(tmp_path: Path) -> None:
         with redis.Redis.from_url(server.url) as client:
             used = set(client.info("commandstats"))
         assert "cmdstat_evalsha" in used
+        assert any("cluster_enabled" in warning for warning in store.warnings())
         # Each looks at every key of the server, whosever it is.
         assert not {"cmdstat_keys", "cmdstat_scan", "cmdstat_flushdb", "cmdstat_flushall"} & used
     finally:
@@ -452,12 +503,151 @@ def _live(store: RedisStore, moment: list[float]) -> None:
     assert store.open_notices() == []
 
 
-def test_a_claim_whose_answer_was_lost_is_not_made_twice(store: RedisStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A claim that is sent again, under the same id, answers the same and takes nothing more."""
-    second = int(time.time()) - 5
-    store.track([make_token(n, exp=float(second), session_exp=None) for n in range(20)])
-    batch_id = new_batch_id("e")
-    monkeypatch.setattr("knell.stores.redis_tokens.new_batch_id", lambda *_: batch_id)
-    first = store.claim(second, services=["shop"], limit=5)
-    assert store.claim(second, services=["shop"], limit=5) == first
-    assert store.due(before=second) == [second]
+# ---- answers that are lost on their way
+
+
+def lose_first_answers(store: RedisStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on the answers to whatever was not sent before are lost on their way, as by a time-out."""
+    run, sent = store._link._pipeline, set()
+
+    def run_twice(commands: Any) -> list[Any]:
+        answers = run(commands)
+        if tuple(commands) not in sent:
+            sent.add(tuple(commands))
+            raise redis.TimeoutError("lost on its way")
+        return answers
+
+    monkeypatch.setattr(store._link, "_pipeline", run_twice)
+
+
+def _fill(store: RedisStore, moment: list[float]) -> None:
+    """Something of everything; the store's clock then stands where half of it is due."""
+    store.add_service("shop")
+    revoke(store, "s1", id="r1")
+    tokens = [make_token(n, exp=moment[0] + 60 + n % 2, iat=moment[0], session_exp=None) for n in range(20)]
+    store.track([*tokens, make_token(20, exp=moment[0] + 30, iat=moment[0], session_exp=moment[0] + 61)])
+    store.track([make_token(21, exp=moment[0] + 31, iat=moment[0], sid=make_token(20).sid, session_exp=moment[0] + 90)])
+    store.park([Parked(id=f"shop/x.{n}", service="shop", queue="q", error="e", at=moment[0]) for n in range(3)])
+    store.begin("shop", "e0-x", holder="me", lease_seconds=30)
+    moment[0] += 61
+    store.claim(int(moment[0]) - 1, services=["shop"])
+    store.mark_missed("shop", moment[0])
+
+
+def _claimed(claim: Claim | None) -> object:
+    assert claim is not None
+    return bool(claim.batch_id), claim.entries, claim.rearm, claim.more, claim.closed
+
+
+CALLS: dict[str, Callable[[RedisStore], object]] = {
+    "revoke": lambda store: _revoked(store, "new"),
+    "revoke again": lambda store: _revoked(store, "r1"),
+    "track": lambda store: store.track([make_token(99, exp=store.time() + 60, iat=None)])[0].must_arm,
+    "track denied": lambda store: (
+        store.track([make_token(99, exp=store.time() + 60, sid="s1", session_exp=store.time() + 90)])[0].denied,
+        store.session(ISS, "s1"),
+        store.due(before=store.time() + 1000),
+    ),
+    "claim": lambda store: _claimed(store.claim(int(store.time()), services=["shop"], limit=6)),
+    "claim for nobody": lambda store: _claimed(store.claim(int(store.time()), services=[], limit=6)),
+    "open_notices": lambda store: [(notice.kind, notice.attempts) for notice in store.open_notices()],
+    "mark_missed": lambda store: (store.mark_missed("shop", 5.0), store.services(), store.open_notices() != [])[1:],
+    "add_service": lambda store: store.add_service("new"),
+    "add_service again": lambda store: store.add_service("shop"),
+    "remove_service": lambda store: store.remove_service("shop"),
+    "begin": lambda store: store.begin("shop", "e0-x", holder="another", lease_seconds=5),
+    "mark": lambda store: store.mark("shop", "e0-x", holder="me", done=1, lease_seconds=5),
+    "mark and give back": lambda store: store.mark("shop", "e0-x", holder="me", done=1, lease_seconds=0),
+    "lease": lambda store: store.lease("sweep", holder="me", seconds=5),
+    "unpark": lambda store: store.unpark(["shop/x.0", "shop/x.1"]),
+}
+
+
+def _revoked(store: RedisStore, id: str) -> object:
+    made = make_revocation("session", {"sid": "s9"}, iss=ISS, now=store.time(), rules=store.rules, id=id)
+    recorded = store.revoke(made, batch_id=batch_id_of_revocation(id), jws="a.b.c")
+    return recorded.created, recorded.services, recorded.cursor.position
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_a_call_that_is_sent_again_is_answered_as_the_first_time(
+    redis_url: str, open_on: Callable[..., RedisStore], monkeypatch: pytest.MonkeyPatch, call: Callable[..., object]
+) -> None:
+    """When answers are lost on their way, the second run recognises what the first has done."""
+    moment = [0.0]
+    answers = []
+    for unlucky in (False, True):
+        moment[0] = 1_900_000_000.0
+        store = open_on(redis_url, namespace=f"t{uuid4().hex}", clock=lambda: moment[0])
+        _fill(store, moment)
+        if unlucky:
+            lose_first_answers(store, monkeypatch)
+        answers.append(call(store))
+    assert answers[0] == answers[1]
+
+
+def test_a_prune_that_is_sent_again_counts_what_the_first_removed(
+    redis_url: str, open_on: Callable[..., RedisStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything that was removed is in the answer, though a second run finds it gone."""
+    moment = [1_900_000_000.0]
+    store = open_on(redis_url, namespace=f"t{uuid4().hex}", clock=lambda: moment[0])
+    _fill(store, moment)
+    moment[0] += Rules().max_session_seconds + Rules().retention_seconds + 2 * 86_400
+    lose_first_answers(store, monkeypatch)
+    pruned = store.prune()
+    assert (pruned.revocations, pruned.notices, pruned.dedupe, pruned.parked) == (1, 2, 1, 3)
+    assert set(pruned.missed) == {"shop"}
+
+
+def test_what_keeps_answers_goes_by_itself(server: RedisServer, own: RedisStore) -> None:
+    """An answer is kept for seconds, and nothing else has a time to live."""
+    own.add_service("shop")
+    own.track([make_token(1)])
+    revoke(own, "s1")
+    with redis.Redis.from_url(server.url) as client:
+        timed = {key: client.ttl(key) for key in client.scan_iter() if client.ttl(key) != -1}
+    assert len(timed) == 2
+    assert all(b":a:" in key and 0 < seconds <= 5 for key, seconds in timed.items())
+
+
+# ---- what is there in numbers, or cannot be read
+
+
+def test_thousands_of_revocations_of_one_subject_hold_nobody_up(server: RedisServer, own: RedisStore) -> None:
+    """Neither a look-up nor their removal makes a script that blocks the server."""
+    moment = own.time()
+    store = RedisStore(server.url, namespace="many", rules=Rules(), clock=lambda: moment)
+    with redis.Redis.from_url(server.url) as client:
+        for _ in range(3000):
+            revoke(store, "alice", scope="subject")
+        client.config_set("slowlog-log-slower-than", 0)
+        client.slowlog_reset()
+        assert store.track([make_token(1, sub="alice", iat=None, auth_time=None)])[0].denied is not None
+        moment += 40 * 86_400
+        assert store.prune().revocations == 1000
+        slowest = max(entry["duration"] for entry in client.slowlog_get(100))
+    store.close()
+    assert slowest < 300_000  # microseconds; a list that is rewritten for each entry takes seconds
+
+
+def test_a_record_that_cannot_be_read_is_left_out(
+    redis_url: str, open_on: Callable[..., RedisStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One broken record keeps no other from being sent; it is logged once."""
+    moment, namespace = [1_900_000_000.0], f"t{uuid4().hex}"
+    store = open_on(redis_url, namespace=namespace, clock=lambda: moment[0])
+    second = int(moment[0]) + 60
+    store.track([make_token(n, exp=float(second + n), session_exp=None) for n in range(2)])
+    moment[0] = second + 1.0
+    claims = [store.claim(second + n, services=["shop"]) for n in range(2)]
+    broken, whole = (claim.batch_id for claim in claims if claim is not None)
+    with redis.Redis.from_url(redis_url) as client:
+        client.hset(f"{{{namespace}:feed}}:0:n:{broken}", "b", b"\0\0\0\5broken")
+    with capture_logs() as logs:
+        for _ in range(2):
+            moment[0] += 3600
+            assert [notice.batch_id for notice in store.open_notices()] == [whole]
+    assert [(one["event"], one["log_level"], one["batch_id"]) for one in logs] == [
+        ("notice_unreadable", "error", broken)
+    ]

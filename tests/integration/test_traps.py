@@ -6,12 +6,16 @@ Timers here have no sweep behind them: what is not told by push is not told.
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import pytest
@@ -24,6 +28,7 @@ from knell.connection import connect, queue_depth
 from knell.keys import NOTICE_TYPE, NOTIFIER, SigningKey, notice_key
 from knell.messages import TERMINATE
 from knell.notices import Cause, NoticeBatch, new_batch_id
+from knell.publisher import Publisher
 from knell.revocations import Scope
 from knell.service_app import register_embedded
 from knell.settings import Rules, Settings
@@ -50,6 +55,27 @@ def proxy(rabbitmq_server: RabbitServer) -> Iterator[Proxy]:
     proxy.close()
 
 
+class Cable(Proxy):
+    """A proxy whose connections can be cut: both ends hear of it at once, and may connect again."""
+
+    def cut(self) -> int:
+        """Cut every connection of now. Returns how many ends heard of it."""
+        heard = 0
+        for end in [end for flow in self._flows for end in flow._ends]:
+            with suppress(OSError):  # it has ended before
+                end.shutdown(socket.SHUT_RDWR)
+                heard += 1
+        return heard
+
+
+@pytest.fixture(scope="module")
+def cable(rabbitmq_server: RabbitServer) -> Iterator[Cable]:
+    """What stands between the broker and the choir."""
+    cable = Cable(rabbitmq_server.port)
+    yield cable
+    cable.close()
+
+
 @pytest.fixture(scope="module")
 def deployment(
     tmp_path_factory: pytest.TempPathFactory,
@@ -57,6 +83,7 @@ def deployment(
     broker_url: str,
     redis_url: str,
     proxy: Proxy,
+    cable: Cable,
 ) -> Iterator[Deployment]:
     """A notifier without a sweep, a service of one process, and one whose worker forks two children."""
     directory = tmp_path_factory.mktemp("traps")
@@ -67,7 +94,7 @@ def deployment(
     try:
         deployment.start_notifier(beat=False, **through)
         deployment.start_service("shop", **through)
-        deployment.start_service("choir", app="choir", options=PREFORK)
+        start_choir(deployment, cable)
         yield deployment
     finally:
         deployment.stop()
@@ -77,6 +104,15 @@ def deployment(
 def issuer(deployment: Deployment) -> Iterator[Issuer]:
     with Issuer(ISS, KEY, settings=deployment.settings) as issuer:
         yield issuer
+
+
+def start_choir(deployment: Deployment, cable: Cable, **environ: str) -> None:
+    through = {"KNELL_BROKER_URL": deployment.settings.broker_url.replace(_port(deployment), str(cable.port))}
+    deployment.start_service("choir", app="choir", options=PREFORK, **through, **environ)
+
+
+def _port(deployment: Deployment) -> str:
+    return str(urlsplit(deployment.settings.broker_url).port)
 
 
 def in_the_ladder(deployment: Deployment) -> int:
@@ -108,7 +144,7 @@ def plain_send(deployment: Deployment, *timers: tuple[int, int]) -> None:
 def test_trap_1_and_3_a_timer_that_plain_celery_sends_waits_in_the_ladder_and_is_told(deployment: Deployment) -> None:
     """Traps 1 and 3: send_task("knell.expire", eta=...) without a queue is keyed to the timers', held by the broker."""
     now = deployment.store.time()
-    token = TokenRef(iss=ISS, jti=str(uuid4()), exp=now + 5, iat=now, sub="u", sid=str(uuid4()))
+    token = TokenRef(iss=ISS, jti=str(uuid4()), exp=now + 10, iat=now, sub="u", sid=str(uuid4()))
     # Behind the issuer's back, so that nobody else sends the timer.
     deployment.store.track([token])
     plain_send(deployment, (token.second, token.second), (token.second + 5000, token.second + 5000))
@@ -120,6 +156,23 @@ def test_trap_1_and_3_a_timer_that_plain_celery_sends_waits_in_the_ladder_and_is
     assert in_the_ladder(deployment) == 1
     assert queue_depth(deployment.settings, topology.EXPIRY) == 0
     empty_the_ladder(deployment)
+
+
+def test_trap_3_nothing_in_the_ladder_has_an_expiry_of_its_own(deployment: Deployment, issuer: Issuer) -> None:
+    """Trap 3: `expires`, or a time-to-live of its own, would release a delayed message early."""
+    eta = time.time() + 5000
+    issuer.issue({"sub": "u", "sid": str(uuid4())}, ttl_seconds=5000)
+    with closing(Publisher(deployment.settings)) as publisher:
+        publisher.send([messages.notice_to("shop", "not a notice", shown="a retry", eta=eta)]).result(10)
+    level = level_name((5000).bit_length() - 1)
+    with connect(deployment.settings) as connection:
+        channel: Any = connection.channel()
+        found = [until(lambda: channel.basic_get(level, no_ack=True), what=f"a message in {level}") for _ in range(2)]
+    assert {message.headers["task"] for message in found} == {"knell.expire", TERMINATE}
+    for message in found:
+        assert message.headers["eta"]
+        assert message.headers["expires"] is None
+        assert "expiration" not in message.properties
 
 
 def test_trap_2_a_queue_that_celery_is_given_keeps_its_exchange() -> None:
@@ -241,10 +294,10 @@ def test_trap_11_neither_notifier_nor_service_has_celerys_defaults(deployment: D
 
 
 @pytest.mark.timeout(180)
-def test_trap_11_a_hard_time_limit_gives_the_message_back(deployment: Deployment, issuer: Issuer) -> None:
+def test_trap_11_a_hard_time_limit_gives_the_message_back(deployment: Deployment, issuer: Issuer, cable: Cable) -> None:
     """Trap 11: by default a task that is killed for its time is acknowledged and gone; here it is done the next try."""
     deployment.stop_one("choir")
-    deployment.start_service("choir", app="choir", options=PREFORK, CHOIR_TIME_LIMIT_SECONDS="2")
+    start_choir(deployment, cable, CHOIR_TIME_LIMIT_SECONDS="2")
     sub = f"stuck-{uuid4()}"
     revoked = issuer.revoke("subject", {"sub": sub}, wait_for=["choir"], timeout_seconds=60)
     assert revoked.services["choir"].state == "done"
@@ -252,7 +305,26 @@ def test_trap_11_a_hard_time_limit_gives_the_message_back(deployment: Deployment
     assert len(deployment.records(service="choir", event="session", sub=sub)) == 1
     assert "Hard time limit" in deployment.log_of("choir").read_text()
     deployment.stop_one("choir")
-    deployment.start_service("choir", app="choir", options=PREFORK)
+    start_choir(deployment, cable)
+
+
+@pytest.mark.timeout(180)
+def test_trap_11_a_run_whose_connection_was_cut_ends_and_only_the_new_one_counts(
+    deployment: Deployment, issuer: Issuer, cable: Cable
+) -> None:
+    """Trap 11: by default the old run goes on beside the redelivered one; here it is stopped, and one run is done."""
+    worker, sub = deployment.pid("choir"), f"stuck-{uuid4()}"
+    revoked = issuer.revoke("subject", {"sub": sub})
+    (old,) = deployment.wait_for_records(1, service="choir", event="began", sub=sub)
+    assert cable.cut()
+    until(lambda: not Path(f"/proc/{old['pid']}").exists(), what="the old run's process has ended")
+    until(lambda: (deployment.store.status(revoked.id) or {})["choir"].state == "done", what="the choir is done")
+    began = deployment.records(service="choir", event="began", sub=sub)
+    (ended,) = deployment.records(service="choir", event="session", sub=sub)
+    assert [record["pid"] for record in began] == [old["pid"], ended["pid"]]
+    assert ended["pid"] != old["pid"]
+    assert deployment.pid("choir") == worker
+    assert deployment.running("choir")
 
 
 def test_trap_13_two_services_in_one_process_keep_to_their_own_handlers(settings: Callable[..., Settings]) -> None:
@@ -270,6 +342,36 @@ def test_trap_13_two_services_in_one_process_keep_to_their_own_handlers(settings
         apps[name].tasks[TERMINATE](_signed(here))
         assert told.pop() == name
         assert not told
+
+
+# At a fork: the names of the threads that the child will lack, whatever they hold. Nothing is forked after all.
+AT_A_FORK = """
+import json, os, sys, threading
+def tell():
+    print(json.dumps([thread.name for thread in threading.enumerate()]), flush=True)
+    os._exit(0)
+os.register_at_fork(before=tell)
+sys.argv = ["celery", "-A", "tasks", "worker", "-B", "-l", "CRITICAL", "-n", "forking@test"]
+from celery.__main__ import main
+main()
+"""
+
+
+def test_trap_14_beat_is_forked_while_nothing_else_runs(deployment: Deployment) -> None:
+    """Trap 14: with -B the notifier forks; a thread that held a lock then would leave beat waiting for it for ever."""
+    # Celery starts its parts in an order that depends on hashes, wherever none is asked for.
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", AT_A_FORK],
+            cwd=ROOT,
+            env={**deployment.inherited, "PYTHONHASHSEED": str(seed)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        for seed in range(4)
+    ]
+    outputs = [process.communicate(timeout=60)[0] for process in started]
+    assert [json.loads(output.splitlines()[-1]) for output in outputs] == [["MainThread"]] * len(started)
 
 
 @pytest.mark.timeout(180)

@@ -5,25 +5,30 @@ from __future__ import annotations
 import base64
 import json
 import sqlite3
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from knell import Settings, commands
-from knell.errors import MessageRefused
+from knell import Issuer, Settings, commands
+from knell.embedded import ETA_HEADER
+from knell.errors import BrokerUnavailable, MessageRefused, StoreUnavailable
 from knell.keys import NOTICE_TYPE, SigningKey, TrustList, notice_key, trust_entry, trust_list
+from knell.messages import Message
 from knell.notices import Cause, Notice, NoticeBatch, Receipt
-from knell.notifier import Notifier, Swept
+from knell.notifier import PATIENCE_SECONDS, Notifier, Swept
 from knell.publisher import Publisher, connect
 from knell.revocations import Revocation, make_revocation
 from knell.settings import Rules
-from knell.store import FIRST_RESEND_SECONDS, Parked, Store, open_store
+from knell.store import FIRST_RESEND_SECONDS, RETRY_MARGIN_SECONDS, Parked, Store, open_store
 from knell.tokens import TokenRef
-from knell.topology import declare, service_queue
-from tests.contract.making import BEGAN, ISS, Clock, token
+from knell.topology import EXPIRY, NOTICES, RETRY, declare, service_queue
+from tests.contract.making import BEGAN, BOTH, ISS, SESSION, TOKEN, Clock, token
+
+BASE = int(BEGAN)
 
 
 class World:
@@ -50,13 +55,22 @@ class World:
     def track(self, *refs: TokenRef) -> None:
         self.store.track(refs)
 
-    def revoke(self, scope: str, match: dict[str, str], *, exp: float | None = None) -> Revocation:
-        revocation = make_revocation(scope, match, iss=ISS, now=self.clock(), rules=Rules(), exp=exp)
+    def revoke(self, scope: str, match: dict[str, str], **more: Any) -> Revocation:
+        revocation = make_revocation(scope, match, iss=ISS, now=self.clock(), rules=Rules(), **more)
         if scope == "token":
             self.store.detach(ISS, match["jti"], revocation_id=revocation.id)
         notice = Notice.of_revocation(revocation)
         self.store.revoke(revocation, batch_id=notice.batch_id, jws=self.sign(notice))
         return revocation
+
+    def revoke_alone(self, jti: str) -> None:
+        """Revoke a session's last token so that its session's end is left to the token's expiry.
+
+        Somebody who was about to revoke it has detached it, and was killed; the second revocation cannot end the
+        session, which hangs on the first one.
+        """
+        self.store.detach(ISS, jti, revocation_id="killed")
+        self.revoke("token", {"jti": jti}, ends=TOKEN)
 
     def sign(self, notice: Notice, key: SigningKey | None = None) -> str:
         batch = NoticeBatch(id=notice.batch_id, entries=(notice,), issued_at=BEGAN, expires_at=BEGAN + 10_000)
@@ -69,10 +83,21 @@ class World:
         return [notice for jws, todo in self.sent() for notice in self.read(jws) if todo is None or notice.n in todo]
 
     def sent(self) -> list[tuple[str, list[int] | None]]:
+        return [(arguments[0], arguments[1]) for arguments, _ in self._take(service_queue("shop"))]
+
+    def timers(self) -> dict[int, float | None]:
+        """Take the timers that the broker has: the eta of each second."""
+        assert self.notifier._armer.flush(10)
+        taken = [(arguments[0], eta) for arguments, eta in self._take(EXPIRY)]
+        assert len(dict(taken)) == len(taken), "a second has two timers"
+        return dict(taken)
+
+    def _take(self, queue: str) -> list[tuple[list[Any], float | None]]:
         with closing(sqlite3.connect(self.settings.home / "broker.db")) as database, database:
-            rows = database.execute("SELECT payload FROM message WHERE queue = ?", (service_queue("shop"),)).fetchall()
-            database.execute("DELETE FROM message WHERE queue = ?", (service_queue("shop"),))
-        return [_arguments(json.loads(payload)) for (payload,) in rows]
+            rows = database.execute("SELECT payload FROM message WHERE queue = ?", (queue,)).fetchall()
+            database.execute("DELETE FROM message WHERE queue = ?", (queue,))
+        payloads = [json.loads(payload) for (payload,) in rows]
+        return [(_arguments(payload), payload["headers"].get(ETA_HEADER)) for payload in payloads]
 
     def read(self, jws: str) -> tuple[Notice, ...]:
         payload, _ = self.trust.verify(jws, typ=NOTICE_TYPE, audience=self.settings.audience)
@@ -83,17 +108,43 @@ class World:
             self.store.receive([("shop", Receipt(batch_id=notice.batch_id, at=self.clock(), done=[notice.n]))])
 
 
-def _arguments(payload: dict[str, Any]) -> tuple[str, list[int] | None]:
+def _arguments(payload: dict[str, Any]) -> list[Any]:
     body = payload["body"]
     if payload.get("properties", {}).get("body_encoding") == "base64":
         body = base64.b64decode(body).decode()
-    arguments = (json.loads(body) if isinstance(body, str) else body)[0]
-    return arguments[0], arguments[1]
+    arguments: list[Any] = (json.loads(body) if isinstance(body, str) else body)[0]
+    return arguments
+
+
+@contextmanager
+def without_confirms(publisher: Publisher, exchange: str) -> Iterator[None]:
+    """While it lasts, what is sent to an exchange arrives nowhere, and the broker confirms none of it."""
+    send = publisher.send
+
+    def lose(sent: Sequence[Message]) -> Future[None]:
+        if all(message.exchange != exchange for message in sent):
+            return send(sent)
+        future: Future[None] = Future()
+        future.set_exception(BrokerUnavailable("no confirm"))
+        return future
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(publisher, "send", lose)
+        patch.setattr(type(publisher), "broken", True)
+        yield
 
 
 @pytest.fixture
 def world(settings: Callable[..., Settings]) -> Iterator[World]:
     world = World(settings())
+    yield world
+    world.notifier.close()
+
+
+@pytest.fixture
+def world_with_grace(settings: Callable[..., Settings]) -> Iterator[World]:
+    """Sessions live on for 30 s after their last token."""
+    world = World(settings(rules=Rules(session_grace_seconds=30)))
     yield world
     world.notifier.close()
 
@@ -118,11 +169,27 @@ def test_a_timer_that_is_a_little_early_waits(world: World) -> None:
 
 
 def test_a_timer_that_is_much_too_early_is_armed_again(world: World) -> None:
-    """More than 2 s early, it goes back to the broker."""
+    """More than 2 s early, it goes back to the broker, for the time that it was meant for."""
     world.track(token("t1", ends_in=60))
-    assert world.notifier.expire(int(BEGAN) + 60) == 0
+    world.clock.advance(60 - PATIENCE_SECONDS - 0.1)
+    early = world.clock()
+    assert world.notifier.expire(BASE + 60) == 0
+    assert world.clock() == early, "it waited in place"
     assert world.told() == []
-    assert world.store.due(before=BEGAN + 100) == [int(BEGAN) + 60]
+    assert world.store.due(before=BEGAN + 100) == [BASE + 60]
+    assert world.timers() == {BASE + 60: BASE + 60}
+
+
+def test_a_session_that_lives_on_is_armed_for_its_new_end(world_with_grace: World) -> None:
+    """When a session's own entry fires early, because its tokens were refreshed, its new end gets a timer."""
+    world = world_with_grace
+    world.track(token("t1", sid="s1", ends_in=10), token("t2", sid="s1", ends_in=50))
+    world.clock.advance(40)
+    assert world.notifier.expire(BASE + 40) == 0
+    assert world.timers() == {BASE + 80: BASE + 80}
+    world.clock.advance(40)
+    assert world.notifier.expire(BASE + 80) == 1
+    assert [(notice.sid, notice.ends, notice.at) for notice in world.told()] == [("s1", SESSION, BEGAN + 80)]
 
 
 @pytest.mark.parametrize(
@@ -148,6 +215,93 @@ def test_what_a_revocation_has_told_is_not_told_again_after_an_outage(world: Wor
     world.notifier.sweep()
     told = [notice.jti for notice in world.told() if notice.cause is Cause.EXPIRED]
     assert told == ["t0", "t2"]
+
+
+@pytest.mark.parametrize(
+    ("wider", "ends"),
+    [
+        (None, [SESSION]),
+        (("session", {"sid": "s1"}, {}), []),
+        (("subject", {"sub": "u1"}, {}), []),
+        (("subject", {"sub": "u1"}, {"issued_before": BEGAN - 1}), [SESSION]),
+    ],
+    ids=["none", "session", "subject", "a subject's cut-off that spares it"],
+)
+def test_of_a_token_that_was_revoked_alone_the_session_s_end_is_told_unless_a_wider_revocation_did(
+    world: World, wider: tuple[str, dict[str, str], dict[str, Any]] | None, ends: list[frozenset[str]]
+) -> None:
+    """An entry that ends a token and its session loses what was told, by whichever revocation, and keeps the rest."""
+    world.track(token("t1", sid="s1", sub="u1"))
+    world.revoke_alone("t1")
+    if wider is not None:
+        scope, match, more = wider
+        world.revoke(scope, match, **more)
+    world.clock.advance(60)
+    world.notifier.expire(BASE + 60)
+    assert [notice.ends for notice in world.told()] == ends
+
+
+def test_what_a_page_did_not_tell_its_re_send_does_not_tell(world: World) -> None:
+    """A page that is sent again says of each entry what it said at first: what a revocation had told stays left out."""
+    world.track(token("t1", sid="s1"), token("t2", sid="s2"))
+    world.revoke_alone("t1")
+    world.clock.advance(60)
+    world.notifier.expire(BASE + 60)
+    first = {notice.jti: notice.ends for notice in world.told()}
+    assert first == {"t1": SESSION, "t2": BOTH}
+    world.clock.advance(FIRST_RESEND_SECONDS + 1)
+    world.notifier.sweep()
+    assert {notice.jti: notice.ends for notice in world.told() if notice.cause is Cause.EXPIRED} == first
+
+
+def test_the_start_of_a_session_is_that_of_its_first_token(world: World) -> None:
+    """A notice says when the session began, and a cut-off is compared with that: a refresh does not escape it."""
+    first, refreshed = token("t1", sid="s1", sub="u1", ends_in=30), token("t2", sid="s1", sub="u1", ends_in=60)
+    world.track(first)
+    world.clock.advance(20)
+    world.track(refreshed.replace(iat=BEGAN + 20), token("t3", sid="s3", sub="u1", ends_in=60).replace(iat=BEGAN + 20))
+    world.clock.advance(10)
+    world.notifier.expire(BASE + 30)
+    world.track(token("t4", sid="s1", ends_in=50).replace(iat=BEGAN + 30))
+    world.clock.advance(20)
+    world.notifier.expire(BASE + 50)
+    assert [(notice.jti, notice.started) for notice in world.told()] == [("t1", BEGAN), ("t4", BEGAN)]
+    world.revoke("subject", {"sub": "u1"}, issued_before=BEGAN + 10)
+    world.clock.advance(10)
+    world.notifier.expire(BASE + 60)
+    assert [(notice.jti, notice.started) for notice in world.told()] == [("t3", BEGAN + 20)]
+
+
+def test_a_wider_cut_off_is_compared_with_the_session_s_start_as_well(world: World) -> None:
+    """A token was revoked alone; its session falls under a cut-off by its start, though not by this token's iat."""
+    world.track(token("t1", sid="s1", sub="u1", ends_in=30))
+    world.track(token("t2", sid="s1", sub="u1", ends_in=60).replace(iat=BEGAN + 20))
+    world.clock.advance(30)
+    world.notifier.expire(BASE + 30)
+    world.revoke_alone("t2")
+    world.sent()
+    world.revoke("subject", {"sub": "u1"}, issued_before=BEGAN + 10)
+    world.clock.advance(30)
+    assert world.notifier.expire(BASE + 60) == 0
+    assert world.sent() == []
+
+
+def test_the_feed_is_read_after_each_claim(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is revoked while a long second is being told is not told by the pages that are claimed afterwards."""
+    claim, claims = world.store.claim, []
+
+    def revoked_before_the_second(*args: Any, **options: Any) -> Any:
+        claims.append(args)
+        if len(claims) == 2:
+            world.revoke("subject", {"sub": "u1"})
+        return claim(*args, **options)
+
+    monkeypatch.setattr(world.store, "claim", revoked_before_the_second)
+    world.track(*(token(f"t{n}", sub="u1", ends_in=10) for n in range(600)))
+    world.clock.advance(10)
+    assert world.notifier.expire(BASE + 10) == 500
+    assert len(claims) == 2
+    assert world.store.due(before=2.0**39) == []
 
 
 def test_a_page_of_dead_tokens_leaves_nothing_behind(world: World) -> None:
@@ -178,6 +332,75 @@ def test_the_sweep_tells_what_is_overdue(world: World) -> None:
     world.clock.advance(15)
     assert world.notifier.sweep().told == 1
     assert [notice.jti for notice in world.told()] == ["t1"]
+
+
+def test_the_sweep_arms_every_second_that_falls_due_within_two_intervals(world: World) -> None:
+    """Whatever the store believes: a second may be marked as armed and have lost its timer all the same."""
+    interval = int(world.settings.sweep_interval_seconds)
+    for ends_in in (1, 2, interval, 2 * interval, 2 * interval + 1, 2 * interval + 2):
+        world.track(token(f"t{ends_in}", ends_in=ends_in))
+        world.store.armed([BASE + ends_in])
+    world.clock.advance(1)
+    assert world.notifier.sweep() == Swept(told=1, armed=4)
+    soon = [BASE + 2, BASE + interval, BASE + 2 * interval, BASE + 2 * interval + 1]
+    assert world.timers() == {second: None if second == BASE + 2 else second for second in soon}
+
+
+def test_a_page_that_the_broker_did_not_confirm_is_sent_by_the_next_sweep(world: World) -> None:
+    """It does not wait for its first re-send; and a re-send that is not confirmed does not wait for the second."""
+    world.track(token("t1", ends_in=10))
+    world.clock.advance(10)
+    with without_confirms(world.notifier.publisher, NOTICES):
+        assert world.notifier.expire(BASE + 10) == 1
+    with without_confirms(world.notifier.publisher, RETRY):
+        assert world.notifier.sweep().resent == 0
+    assert world.told() == []
+    assert world.notifier.sweep().resent == 1
+    assert [notice.jti for notice in world.told()] == ["t1"]
+    assert world.notifier.sweep().resent == 0
+
+
+def test_a_revocation_that_the_broker_did_not_confirm_is_sent_by_the_next_sweep(world: World) -> None:
+    """The issuer asks for it; where the store does not hear that any more, the first re-send comes in its time."""
+    publisher, key = world.notifier.publisher, notice_key(world.settings)
+    issuer = Issuer(
+        ISS, notice_key=key, settings=world.settings, store=world.store, publisher=publisher, clock=world.clock
+    )
+    with without_confirms(publisher, NOTICES):
+        revoked = issuer.revoke("session", {"sid": "s1"})
+        assert (revoked.recorded, revoked.published) == ("store", False)
+        assert world.told() == []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(world.store, "resend_at", _away)
+            unheard = issuer.revoke("session", {"sid": "s2"})
+        assert (unheard.recorded, unheard.published) == ("store", False)
+    assert world.notifier.sweep().resent == 1
+    assert [notice.revocation_id for notice in world.told()] == [revoked.id]
+    world.clock.advance(FIRST_RESEND_SECONDS)
+    world.notifier.sweep()
+    assert unheard.id in [notice.revocation_id for notice in world.told()]
+    issuer.close()
+
+
+def _away(*_: Any, **__: Any) -> Any:
+    raise StoreUnavailable("away")
+
+
+def test_a_service_that_is_retrying_is_left_alone_until_its_retry_is_overdue(world: World) -> None:
+    """Its queue is empty, because the message waits elsewhere; a minute after the retry was due, it is sent again."""
+    world.track(token("t1", ends_in=10))
+    world.clock.advance(10)
+    world.notifier.expire(BASE + 10)
+    [told] = world.told()
+    until = BEGAN + 1000
+    retrying = Receipt(batch_id=told.batch_id, at=world.clock(), retrying=[told.n], until=until)
+    world.store.receive([("shop", retrying)])
+    while world.clock() < until + RETRY_MARGIN_SECONDS:
+        assert world.notifier.sweep().resent == 0
+        world.clock.advance(30)
+    world.clock.advance(3600)
+    assert world.notifier.sweep().resent == 1
+    assert [notice.id for notice in world.told()] == [told.id]
 
 
 def test_the_sweep_sends_again_only_to_an_empty_queue(world: World) -> None:
@@ -339,6 +562,7 @@ def test_a_command_to_track_is_carried_out_once(world: World) -> None:
     key = command_key(world, issuers=[ISS], causes=[Cause.REVOKED])
     jws = sign_track(world, key, token("t1", ends_in=10), token("t2", ends_in=10))
     assert world.notifier.track(jws) == 2
+    assert world.timers() == {BASE + 10: BASE + 10}
     world.clock.advance(10)
     assert world.notifier.expire(int(BEGAN) + 10) == 2
     assert world.notifier.track(jws) == 0

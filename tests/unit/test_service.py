@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,11 +22,11 @@ from knell.answers import MAX_ERROR_LENGTH, Patience, describe, one_line
 from knell.embedded import ETA_HEADER
 from knell.errors import BrokerUnavailable, MessageRefused
 from knell.keys import ANY_ISSUER, NOTICE_TYPE, NOTIFIER, SigningKey, notice_key, trust_entry
-from knell.marks import Marks
 from knell.notices import Cause, NoticeBatch, batch_id_of_revocation, new_batch_id
 from knell.publisher import connect
 from knell.revocations import InitiatingEntity, Scope
 from knell.store import Store, open_store
+from tests.contract.making import BEGAN, Clock
 from tests.deployment import until
 from tests.servers import free_port
 
@@ -376,19 +377,109 @@ def test_marks_are_stored_while_a_handler_still_runs(desk: Desk, shop: Service) 
     assert list(receipt.done) == [0, 1, 2]
 
 
-def test_a_run_that_lost_its_lease_calls_nothing_more(desk: Desk, shop: Service) -> None:
-    """What it has not come to goes back, not counted as tried; what it did is receipted."""
-    clock = [time.time()]
-    store = open_store(desk.settings.store_url, namespace=desk.settings.namespace, clock=lambda: clock[0])
-    marks = Marks(store, "shop", "e0-x", holder="slow", lease_seconds=30, each=False)
-    store.begin("shop", "e0-x", holder="slow", lease_seconds=30)
-    with marks:
-        clock[0] += 31
-        assert store.begin("shop", "e0-x", holder="quick", lease_seconds=30).granted
-        marks.add(0)
-        until(lambda: marks.lost, what="the loss is seen")
-    assert store.begin("shop", "e0-x", holder="quick", lease_seconds=30).done == 0b1
-    store.close()
+class Watched:
+    """The store of a service's dedupe, whose clock goes on by 0.9 s each time that a lease of 1 s is renewed.
+
+    Attributes:
+        clock: by which leases run out.
+        renewed, refused: how often a lease was renewed, and how often that came too late.
+    """
+
+    def __init__(self, desk: Desk) -> None:
+        self.clock = Clock()
+        self.renewed = self.refused = 0
+        self._store = open_store(desk.settings.store_url, namespace=desk.settings.namespace, clock=self.clock)
+
+    def mark(self, service: str, batch_id: str, *, lease_seconds: float, **marks: Any) -> bool:
+        held = self._store.mark(service, batch_id, lease_seconds=lease_seconds, **marks)
+        if lease_seconds:
+            self.renewed += held
+            self.refused += not held
+            self.clock.advance(0.9)
+        return held
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def rival(self, batch_id: str) -> bool:
+        """Whether another process would get to work on the batch now; if so it does."""
+        return bool(self._store.begin("shop", batch_id, holder="rival", lease_seconds=1000).granted)
+
+
+@pytest.fixture
+def watched(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> Watched:
+    watched = Watched(desk)
+    monkeypatch.setattr("knell.resources.open_store", lambda *_, **__: watched)
+    return watched
+
+
+def test_the_lease_is_renewed_while_one_handler_runs(desk: Desk, watched: Watched) -> None:
+    """However long a handler takes, no other process is let at its batch, though nothing was marked meanwhile."""
+    service = desk.service(lease_seconds=1)
+    jws = desk.signed(entry(0), batch_id="e0-long")
+    rivals: list[bool] = []
+
+    @service.on_session_end
+    def end(notice: Notice) -> None:
+        until(lambda: watched.renewed >= 3, what="the lease was renewed three times")
+        rivals.append(watched.rival("e0-long"))
+
+    receipt = service.handle(jws)
+    service.close()
+    assert receipt is not None
+    assert (rivals, list(receipt.done)) == ([False], [0])
+    assert watched.clock() >= BEGAN + 2.7, "without the renewals it had run out long before"
+
+
+@pytest.mark.parametrize("kind", ["plain", "async", "batch"])
+def test_a_run_that_lost_its_lease_calls_nothing_more(desk: Desk, watched: Watched, kind: str) -> None:
+    """What it has not come to goes back, not counted as tried; what it did is receipted, and marked."""
+    service = desk.service(lease_seconds=1, dedupe="each" if kind == "async" else "batch")
+    calls: list[tuple[str, int]] = []
+
+    def lose(event: str, n: int) -> None:
+        calls.append((event, n))
+        watched.clock.advance(2)
+        assert watched.rival("e0-lost")
+        # The second refusal comes after the run was told of the first.
+        until(lambda: watched.refused >= 2, what="the service was told that its lease is lost")
+
+    if kind == "batch":
+        service.on_token_end(batch=True)(lambda notices: lose("token", notices[0].n))
+        service.on_session_end(batch=True)(lambda notices: calls.append(("session", notices[0].n)))
+    elif kind == "async":
+
+        @service.on_session_end
+        async def end(notice: Notice) -> None:
+            lose("session", notice.n)
+    else:
+        service.on_session_end(lambda notice: lose("session", notice.n))
+    jws = desk.signed(entry(0), entry(1), entry(2, TOKEN), batch_id="e0-lost")
+    receipt = service.handle(jws, None, 1)
+    assert receipt is not None
+    assert calls == [("token" if kind == "batch" else "session", 0)]
+    done = [2] if kind == "batch" else [0]
+    left = sorted({0, 1, 2} - set(done))
+    assert (list(receipt.done), list(receipt.retrying)) == (done, left)
+    assert [arguments for arguments, _ in desk.retries()] == [[jws, left, 1]]
+    assert watched.begin("shop", "e0-lost", holder="rival", lease_seconds=1).done == 1 << done[0]
+    service.close()
+
+
+def test_each_retry_waits_as_long_as_the_service_was_told_to(desk: Desk) -> None:
+    """The wait doubles from first_retry_seconds up to longest_retry_seconds, by the service's own clock and jitter."""
+    clock = Clock(math.floor(time.time()))
+    service = desk.service(first_retry_seconds=4.0, longest_retry_seconds=10.0, clock=clock, jitter=lambda: 0.5)
+
+    @service.on_session_end
+    def end(notice: Notice) -> None:
+        raise OSError("away")
+
+    jws = desk.signed(entry(0))
+    for attempt in range(3):
+        service.handle(jws, [0], attempt)
+    service.close()
+    assert sorted(eta - clock() for _, eta in desk.retries()) == [2, 4, 5]
 
 
 def test_a_time_limit_fails_what_was_running_and_what_had_not_run(desk: Desk, shop: Service) -> None:
