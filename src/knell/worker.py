@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from uuid import NAMESPACE_OID, UUID, uuid5
 
 import structlog
-from amqp.exceptions import AccessRefused, NotFound
+from amqp.exceptions import AccessRefused, NotAllowed, NotFound
 from celery import Celery, bootsteps
 from celery.events.event import event_exchange
 from celery.exceptions import InvalidTaskError, WorkerShutdown
@@ -148,14 +148,15 @@ class Consumer(consumer.Consumer):
     first_connection_attempt: bool
 
     def ensure_connected(self, conn: Any) -> Any:
-        """Celery's, for an account that is refused as well, once it was accepted: it may be made anew, or its password.
+        """Celery's, but once it was accepted, an account or a virtual host that is refused is waited for: somebody makes
+        it anew.
 
-        Celery takes that for an error that nothing can mend, and the worker exits.
+        Celery exits over the one, and asks for the other again and again, without a pause.
         """
         while True:
             try:
                 return super().ensure_connected(conn)
-            except AccessRefused as error:
+            except (AccessRefused, NotAllowed) as error:
                 if self.first_connection_attempt:
                     raise
                 log.error("broker_refuses_this_account", error=str(error))

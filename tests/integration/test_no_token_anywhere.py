@@ -121,8 +121,10 @@ class Run:
     def store(self) -> Found:
         """Every key of the store, and what it holds."""
         with redis.Redis.from_url(self.settings.store_url) as client:
+            # What a time-to-live takes away meanwhile is in the append-only file all the same.
             return {
-                repr(key): key + repr(_value(client, key)).encode() + client.dump(key) for key in client.scan_iter()
+                repr(key): key + repr(_value(client, key)).encode() + (client.dump(key) or b"")
+                for key in client.scan_iter()
             }
 
     def files(self, *, without: Iterable[str] = ()) -> Found:

@@ -15,7 +15,8 @@ def changes_after(cursor: Cursor, head: Cursor, entries: Sequence[Change], *, li
     """At most `limit` of the changes that follow a cursor.
 
     Args:
-        head: the feed's. Its epoch, as the cursor's, is "<what names the data>.<what names the server or the file>".
+        head: the feed's, or the last of `entries`. Its epoch, as the cursor's, is "<what names the data>.<what names
+            the server or the file>".
         entries: the feed's changes from the cursor's own position on, in order, as far as it has them.
 
     Raises:

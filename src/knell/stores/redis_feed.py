@@ -21,6 +21,8 @@ from knell.stores.redis_part import RedisPart
 
 # How old what we know of the server's identity may be; it is asked again after each new connection as well.
 IDENTITY_SECONDS = 1.0
+# For so long, what was read while a connection was opened is read again: a server that closes each holds nobody up.
+SETTLE_SECONDS = 2.0
 
 
 class Identity:
@@ -114,7 +116,8 @@ class RedisFeed(RedisPart):
 
         A new connection may lead to another server: what came over it is read again, with that server's identity.
         """
-        while True:
+        deadline = time.monotonic() + SETTLE_SECONDS
+        while time.monotonic() < deadline:
             opened = self._link.opened
             known = self._identity.fresh(opened)
             commands: list[Command] = [] if known else [("INFO", "replication")]
@@ -130,6 +133,7 @@ class RedisFeed(RedisPart):
             epoch = f"{self._begin() if stored is None else stored.decode()}.{known}"
             head = Cursor(epoch, int(last or 0), None if revocation_id is None else revocation_id.decode())
             return head, [_read_change(entry_id, flat) for entry_id, flat in entries]
+        raise StoreUnavailable(f"the store at {self._link.where} keeps no connection open; is it restarting?")
 
     def _begin(self) -> str:
         """Give an empty store its epoch. On a replica that is not possible, and its primary has none yet either."""

@@ -69,7 +69,7 @@ _PRELUDES = {
 # Scripts whose answer tells what this very run did. It is kept for a while: the same call, sent again because its first
 # answer was lost, is then answered as it was.
 _ANSWERED_ONCE = frozenset(
-    {"revoke", "claim", "add_service", "remove_service", "unpark", "drop", "prune_feed", "prune_kept"}
+    {"revoke", "claim", "begin", "add_service", "remove_service", "unpark", "drop", "prune_feed", "prune_kept"}
 )
 
 T = TypeVar("T")
