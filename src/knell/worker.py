@@ -148,10 +148,9 @@ class Consumer(consumer.Consumer):
     first_connection_attempt: bool
 
     def ensure_connected(self, conn: Any) -> Any:
-        """Celery's, but once it was accepted, an account or a virtual host that is refused is waited for: somebody makes
-        it anew.
+        """Celery's; but an account or a virtual host that is refused after it was accepted is waited for.
 
-        Celery exits over the one, and asks for the other again and again, without a pause.
+        Somebody will make it anew. Celery exits over the one, and asks for the other again and again, without a pause.
         """
         while True:
             try:
