@@ -189,6 +189,15 @@ def test_started_is_told_where_it_is_known(store: Store, clock: Clock) -> None:
     assert started == {"t1": BEGAN + 1, "t2": BEGAN + 1, "t3": None}
 
 
+def test_started_is_told_of_a_session_that_another_token_closed(store: Store, clock: Clock) -> None:
+    """A token that was detached before the last one of its session still has its session's start."""
+    store.track([token("t1", sid="s1", ends_in=90), token("t2", sid="s1", iat=BEGAN + 5)])
+    store.detach(ISS, "t2", revocation_id="r2")
+    assert store.detach(ISS, "t1", revocation_id="r1").ends_session
+    clock.reach(BEGAN + 60)
+    assert claim_one(store, BASE + 60).entries[0].started == BEGAN
+
+
 def test_what_a_detach_has_closed_is_named(store: Store, clock: Clock) -> None:
     """A claim says which entries end their session because a detach closed it: their revocation may be on its way."""
     store.track([token("t1", sid="s1"), token("t2", sid="s2"), token("t3", sid="s2"), token("t4", sid="s4")])

@@ -116,16 +116,20 @@ class Ledger:
         row = None if key is None else self._sessions.get(key)
         return row if row is not None and row.closed_by is None else None
 
+    def last_life(self, token: TokenRow) -> SessionRow | None:
+        """The life that a token belongs to, open or closed, if no other was opened after it."""
+        row = None if token.session is None else self._sessions.get(token.session)
+        return row if row is not None and row.life == token.life else None
+
     def own_life(self, token: TokenRow) -> SessionRow | None:
         """The life that a token belongs to, if that is still the present one and open."""
-        row = self.life_of(token.session)
-        return row if row is not None and row.life == token.life else None
+        row = self.last_life(token)
+        return row if row is not None and row.closed_by is None else None
 
     def closed_life(self, token: TokenRow) -> SessionRow | None:
         """The life that the token's detach closed, if it was not opened again."""
-        row = self._sessions.get(token.session) if token.closed and token.session is not None else None
-        same = row is not None and row.life == token.life and row.closed_by == token.detached
-        return row if same else None
+        row = self.last_life(token) if token.closed else None
+        return row if row is not None and row.closed_by == token.detached else None
 
     def carries_end(self, token: TokenRow) -> bool:
         """Whether the end of its session hangs on this token's own entry."""

@@ -231,8 +231,7 @@ def claim(tx: Tx, second: int, *, services: Sequence[str], limit: int) -> Claim 
 
 def _claim_token(ledger: Ledger, token: TokenRow) -> tuple[TokenRef, frozenset[str], float | None]:
     ref = read_ref(token.ref)
-    closed, life = ledger.closed_life(token), ledger.own_life(token)
-    known = closed or life
+    closed, life, known = ledger.closed_life(token), ledger.own_life(token), ledger.last_life(token)
     started = ref.started if known is None or known.started is None else known.started
     ends = _TOKEN
     if closed is not None:
