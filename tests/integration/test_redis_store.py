@@ -524,9 +524,13 @@ def _fill(store: RedisStore, moment: list[float]) -> None:
     """Something of everything; the store's clock then stands where half of it is due."""
     store.add_service("shop")
     revoke(store, "s1", id="r1")
-    tokens = [make_token(n, exp=moment[0] + 60 + n % 2, iat=moment[0], session_exp=None) for n in range(20)]
-    store.track([*tokens, make_token(20, exp=moment[0] + 30, iat=moment[0], session_exp=moment[0] + 61)])
-    store.track([make_token(21, exp=moment[0] + 31, iat=moment[0], sid=make_token(20).sid, session_exp=moment[0] + 90)])
+    began = moment[0]
+
+    def tracked(n: int, ends_in: float, **more: Any) -> TokenRef:
+        return make_token(n, exp=began + ends_in, **({"iat": began, "auth_time": began, "session_exp": None} | more))
+
+    store.track([tracked(n, 60 + n % 2) for n in range(20)] + [tracked(20, 30, session_exp=began + 61)])
+    store.track([tracked(21, 31, sid=tracked(20, 30).sid, session_exp=began + 90)])
     store.park([Parked(id=f"shop/x.{n}", service="shop", queue="q", error="e", at=moment[0]) for n in range(3)])
     store.begin("shop", "e0-x", holder="me", lease_seconds=30)
     moment[0] += 61
