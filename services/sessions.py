@@ -14,6 +14,7 @@ from typing import Protocol
 
 from knell import Notice, Scope, Settings, TokenRef
 from knell.follower import Follower
+from knell.revocations import named_by
 from knell.settings import check_store_url
 from knell.store import open_store
 
@@ -85,12 +86,14 @@ def end_missed(sessions: Sessions, settings: Settings) -> list[TokenRef]:
 
 def names_of(token: TokenRef) -> list[str]:
     """What a notice may call a session by."""
-    return [_name(token.iss, scope, value) for scope in Scope if (value := getattr(token, scope.claim)) is not None]
+    return [_name(token.iss, scope, value) for scope, value in named_by(token)]
 
 
 def names_in(notice: Notice) -> list[str]:
     """What a notice calls the sessions that it ends by."""
-    found = [_name(notice.iss, notice.scope, str(getattr(notice, notice.scope.claim)))]
+    # By claims it may be any of the issuer's: `Notice.matches` decides.
+    scope = notice.scope if notice.scope.claim else Scope.ISSUER
+    found = [_name(notice.iss, scope, str(getattr(notice, scope.claim or "iss")))]
     if notice.scope is Scope.TOKEN and notice.sid is not None and "session" in notice.ends:
         found.append(_name(notice.iss, Scope.SESSION, notice.sid))
     return found
@@ -107,7 +110,7 @@ def kept_out(token: TokenRef, tombstones: Iterable[str]) -> bool:
 
 
 def _name(iss: str, scope: Scope, value: str) -> str:
-    return json.dumps([scope.claim, iss, value])
+    return json.dumps([scope, iss, value])
 
 
 def _own_end(token: TokenRef, settings: Settings) -> float:

@@ -13,7 +13,7 @@ from uuid6 import uuid7
 from knell.errors import InvalidInput, MessageRefused
 from knell.keys import COMMAND_TYPE, NOTICE_TYPE, SigningKey, TrustedKey
 from knell.notices import VERSION, Cause, Notice, NoticeBatch
-from knell.revocations import Revocation
+from knell.revocations import Revocation, Scope
 from knell.settings import Rules
 from knell.tokens import TokenRef, check_identifier, check_time
 from knell.trust import Trust
@@ -85,7 +85,7 @@ class CommandReader:
         if not isinstance(tokens, list) or not 0 < len(tokens) <= MAX_TOKENS:
             raise MessageRefused(f"a track command must have 1 to {MAX_TOKENS} tokens")
         try:
-            refs = tuple(TokenRef.from_claims(token) for token in tokens)
+            refs = tuple(TokenRef.from_json(token) for token in tokens)
         except InvalidInput as error:
             raise MessageRefused(f"a token of the command cannot be tracked: {error}") from None
         for ref in refs:
@@ -109,7 +109,8 @@ class CommandReader:
         latest = self.clock() + SKEW_SECONDS
         if max(revocation.made_at, revocation.issued_before or 0) > latest:
             raise MessageRefused("the revocation is of the future; it would end what has not begun")
-        if revocation.expires_at > latest + self.rules.max_session_seconds + self._longest_token_seconds:
+        longest = latest + self.rules.max_session_seconds + self._longest_token_seconds
+        if revocation.expires_at > longest and revocation.scope is not Scope.KEY:
             raise MessageRefused("the revocation outlives every token that it could refuse")
         for ends, notice in notices.items():
             self._check_notice(notice, ends, revocation)

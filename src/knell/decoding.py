@@ -22,6 +22,16 @@ MAX_TOKEN_BYTES = 16 * 1024
 ALWAYS_REQUIRED = frozenset({"iss", "exp"})
 
 
+class Claims(dict[str, Any]):
+    """A token's claims set (RFC 7519, section 4), which also knows the key that the token was signed with.
+
+    Attributes:
+        kid: that key's id (RFC 7515, section 4.1.4); None if the token names none.
+    """
+
+    kid: str | None = None
+
+
 class Decoder:
     """Decodes and checks everything about a token that does not change with time."""
 
@@ -54,7 +64,7 @@ class Decoder:
             "verify_nbf": False,
         }
 
-    def decode(self, token: str) -> tuple[dict[str, Any], TokenRef]:
+    def decode(self, token: str) -> tuple[Claims, TokenRef]:
         """The claims of a token and what Knell keeps of them; a token without jti has the jti "".
 
         Raises:
@@ -63,28 +73,32 @@ class Decoder:
         header = _header(token)
         key = self._ring.choose(header)
         try:
-            claims: dict[str, Any] = jwt.decode(
-                token,
-                key.key,
-                algorithms=key.algorithms,
-                issuer=self._issuers,
-                audience=self._audiences,
-                options=self._options,
+            claims = Claims(
+                jwt.decode(
+                    token,
+                    key.key,
+                    algorithms=key.algorithms,
+                    issuer=self._issuers,
+                    audience=self._audiences,
+                    options=self._options,
+                )
             )
         except jwt.PyJWTError as error:
             raise TokenInvalid(f"the token is not accepted: {error}") from None
-        return claims, self._checked(claims, header.get("kid"))
+        claims.kid = header.get("kid")
+        return claims, self._checked(claims)
 
-    def reference(self, claims: Mapping[str, Any], *, kid: str | None = None) -> TokenRef:
+    def reference(self, claims: Mapping[str, Any]) -> TokenRef:
         """What Knell keeps of claims that `decode` gave. InvalidClaims if they are not such claims."""
+        kid = claims.kid if isinstance(claims, Claims) else None
         if claims.get("jti") is not None:
             return TokenRef.from_claims({**claims, "kid": kid})
         # No revocation can name an empty jti; the other scopes still find the token.
         return TokenRef.from_claims({**claims, "kid": kid, "jti": "-"}).replace(jti="")
 
-    def _checked(self, claims: Mapping[str, Any], kid: str | None) -> TokenRef:
+    def _checked(self, claims: Claims) -> TokenRef:
         try:
-            found = self.reference(claims, kid=kid)
+            found = self.reference(claims)
             if claims.get("nbf") is not None:
                 check_time("nbf", claims["nbf"])
         except InvalidClaims as error:

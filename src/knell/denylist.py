@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from knell.revocations import Revocation, Scope
+from knell.claim_index import ClaimIndex
+from knell.revocations import Revocation, Scope, claims_of
 from knell.tokens import MAX_TIME, TokenRef
 
 _Key = tuple[str, str]
@@ -31,6 +33,11 @@ class Denylist:
         self._tokens = self._strongest[Scope.TOKEN]
         self._sessions = self._strongest[Scope.SESSION]
         self._subjects = self._strongest[Scope.SUBJECT]
+        self._clients = self._strongest[Scope.CLIENT]
+        self._keys = self._strongest[Scope.KEY]
+        self._issuers = self._strongest[Scope.ISSUER]
+        self._claims = self._strongest[Scope.CLAIMS]
+        self._claim_index = ClaimIndex()
         # The weaker ones of each key that has several, weakest first; only the writer looks here.
         self._weaker: dict[Scope, dict[_Key, list[_Ranked]]] = {scope: {} for scope in Scope}
         self._by_id: dict[str, Revocation] = {}
@@ -44,12 +51,16 @@ class Denylist:
         """Every revocation. For the writing thread only."""
         return iter(self._by_id.values())
 
-    def find(self, token: TokenRef, *, started: float | None = None) -> Revocation | None:
+    def find(
+        self, token: TokenRef, *, started: float | None = None, claims: Mapping[str, Any] | None = None
+    ) -> Revocation | None:
         """A revocation that refuses a token; None if there is none.
 
         Args:
             token: the token.
             started: the start of its session where the store knows an earlier one than the token tells, Unix seconds.
+            claims: its claims set, where that is at hand: without it, scope claims is judged by the claims that are
+                tracked.
         """
         found = self._tokens.get((token.iss, token.jti))
         if found is not None:
@@ -61,6 +72,30 @@ class Denylist:
         if token.sub is not None:
             found = self._subjects.get((token.iss, token.sub))
             if found is not None and found.refuses(token, started=started):
+                return found
+        if token.kid is not None:
+            found = self._keys.get((token.iss, token.kid))
+            if found is not None:
+                return found
+        if token.client_id is not None:
+            found = self._clients.get((token.iss, token.client_id))
+            if found is not None and found.refuses(token, started=started):
+                return found
+        found = self._issuers.get((token.iss, token.iss))
+        if found is not None and found.refuses(token, started=started):
+            return found
+        if self._claims:
+            return self._find_by_claims(token, started, claims)
+        return None
+
+    def _find_by_claims(
+        self, token: TokenRef, started: float | None, claims: Mapping[str, Any] | None
+    ) -> Revocation | None:
+        if claims is None:
+            claims = claims_of(token)
+        for value in self._claim_index.candidates(token.iss, claims):
+            found = self._claims.get((token.iss, value))
+            if found is not None and found.refuses(token, started=started, claims=claims):
                 return found
         return None
 
@@ -74,6 +109,8 @@ class Denylist:
         present = strongest.get(key)
         if present is None:
             strongest[key] = revocation
+            if revocation.scope is Scope.CLAIMS:
+                self._claim_index.add(revocation)
             return True
         weak, strong = sorted((present, revocation), key=_rank)
         insort(self._weaker[revocation.scope].setdefault(key, []), _rank(weak))
@@ -95,6 +132,8 @@ class Denylist:
             strongest[key] = self._by_id[ranked.pop()[1]]
         else:
             del strongest[key]
+            if revocation.scope is Scope.CLAIMS:
+                self._claim_index.remove(revocation)
         if ranked is not None and not ranked:
             del weaker[key]
         self._shorten_timetable()
@@ -120,7 +159,7 @@ class Denylist:
 def strength(revocation: Revocation) -> float:
     """By this the revocations of one key are compared: the strongest refuses and tells whatever the others do.
 
-    Of two subjects the later cut-off refuses more. Of two tokens or sessions both refuse the same: one that tells of a
+    Of two with a cut-off the later one refuses more. Of two absolute ones both refuse the same: one that tells of a
     session's end goes before one that does not, and then the longer-lived one leads.
     """
     if revocation.issued_before is not None:

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
 from uuid6 import uuid7
 
 from knell.errors import InvalidInput, MessageRefused
-from knell.revocations import InitiatingEntity, Revocation, Scope, began_by, check_reason
-from knell.tokens import TokenRef, check_identifier, check_time
+from knell.revocations import (
+    InitiatingEntity,
+    Revocation,
+    Scope,
+    began_by,
+    check_claims,
+    check_reason,
+    claims_of,
+    has_claims,
+)
+from knell.tokens import ClaimValue, TokenRef, check_identifier, check_time
 
 VERSION = 1
 # What one expiry message carries at most: large enough to make the signature and the receipt cheap, small enough that
@@ -38,10 +47,12 @@ class Notice:
         n: its place in that record; `id` is made of both.
         cause: expired, revoked, undone or missed.
         ends: "token", "session" or both.
-        scope: what it names: a token, a session, or all of a subject's.
+        scope: what it names: a token, a session, or all of a subject's, a client's, a key's, an issuer's, or all that
+            have certain claims.
         at: the moment of the end: the exp, or when the revocation was made. For `missed`: since when.
         iss: the issuer of what has ended. For `missed`: empty.
-        jti, sid, sub, client_id: what is known of it; a notice of scope session may know only the sid.
+        jti, sid, sub, client_id, kid: what is known of it; a notice of scope session may know only the sid.
+        claims: of scope claims, the claims and their values, all of which a token must have.
         exp: the token's exp, where one token is meant.
         started: the start of its session, where known.
         issued_before: the cut-off of a wide scope.
@@ -59,6 +70,8 @@ class Notice:
     sid: str | None = None
     sub: str | None = None
     client_id: str | None = None
+    kid: str | None = None
+    claims: Mapping[str, ClaimValue] | None = field(default=None, hash=False)
     exp: float | None = None
     started: float | None = None
     issued_before: float | None = None
@@ -74,8 +87,9 @@ class Notice:
     def matches(self, session: TokenRef) -> bool:
         """Whether a session that a service keeps is ended by this notice.
 
-        Keep a TokenRef (iss, jti, sid, sub, iat, auth_time) with each session. A session that began after the end that
-        this notice tells of is not matched, so that a late copy ends nothing new.
+        Keep a TokenRef (iss, jti, sid, sub, client_id, kid, iat, auth_time, and the claims that you revoke by) with
+        each session. A session that began after the end that this notice tells of is not matched, so that a late copy
+        ends nothing new.
         """
         if self.iss != session.iss:
             return False
@@ -83,13 +97,21 @@ class Notice:
             return True
         if "session" not in self.ends:
             return False
+        if self.scope is Scope.KEY:
+            return self.kid is not None and self.kid == session.kid
         if self.issued_before is not None:
-            same = getattr(session, self.scope.claim) == getattr(self, self.scope.claim)
-            return same and began_by(self.issued_before, session.auth_time, session.iat)
+            return self._names(session) and began_by(self.issued_before, session.auth_time, session.iat)
         if self.sid is None or self.sid != session.sid:
             return False
         # A revoked session stays refused whenever it says that it began; after an end by time, a new life may begin.
         return self.cause is Cause.REVOKED or session.started is None or session.started <= self.at
+
+    def _names(self, session: TokenRef) -> bool:
+        claim = self.scope.claim
+        if claim is None:
+            return self.claims is not None and has_claims(claims_of(session), self.claims)
+        named = getattr(self, claim)
+        return named is not None and bool(getattr(session, claim) == named)
 
     def as_json(self) -> dict[str, Any]:
         """The entry as it stands on the wire: what is None is left out."""
@@ -125,6 +147,7 @@ class Notice:
                 iss="" if cause is Cause.MISSED else check_identifier("iss", found["iss"]),
                 **_present(found, _IDS, check_identifier),
                 **_present(found, _TIMES, check_time),
+                claims=None if found.get("claims") is None else check_claims(found["claims"]),
                 reason=None if found.get("reason") is None else check_reason(found["reason"]),
                 initiating_entity=None if entity is None else InitiatingEntity(entity),
             )
@@ -136,21 +159,42 @@ class Notice:
     @classmethod
     def of_revocation(cls, revocation: Revocation, token: TokenRef | None = None) -> Notice:
         """The one notice of a revocation; `token` is what the store knows of a revoked token."""
-        known: dict[str, Any] = {}
+        known: dict[str, Any] = {"iss": revocation.iss}
         if token is not None:
-            known = {"jti": token.jti, "sid": token.sid, "sub": token.sub, "exp": token.exp}
+            known |= {"jti": token.jti, "sid": token.sid, "sub": token.sub, "exp": token.exp}
+        known |= {"claims": revocation.match} if revocation.scope is Scope.CLAIMS else revocation.match
         return cls(
             batch_id=batch_id_of_revocation(revocation.id),
             cause=Cause.REVOKED,
             ends=revocation.ends,
             scope=revocation.scope,
             at=revocation.made_at,
-            iss=revocation.iss,
-            **(known | dict(revocation.match)),
+            **known,
             issued_before=revocation.issued_before,
             revocation_id=revocation.id,
             reason=revocation.reason,
             initiating_entity=revocation.initiating_entity,
+        )
+
+    @classmethod
+    def of_undo(
+        cls, revocation: Revocation, *, at: float, reason: str | None, initiating_entity: InitiatingEntity
+    ) -> Notice:
+        """The one notice that a revocation was undone: it ends nothing, and has the waiting notice of that one dropped.
+
+        Args:
+            at: when it was undone, Unix seconds.
+            reason: why it was undone.
+            initiating_entity: who undid it.
+        """
+        return replace(
+            cls.of_revocation(revocation),
+            batch_id=batch_id_of_undo(revocation.id),
+            cause=Cause.UNDONE,
+            ends=frozenset(),
+            at=at,
+            reason=reason,
+            initiating_entity=initiating_entity,
         )
 
 
@@ -158,9 +202,9 @@ def _present(found: Mapping[str, Any], names: Iterable[str], check: Callable[[st
     return {name: check(name, found[name]) for name in names if found.get(name) is not None}
 
 
-_IDS = ("jti", "sid", "sub", "client_id", "revocation_id")
+_IDS = ("jti", "sid", "sub", "client_id", "kid", "revocation_id")
 _TIMES = ("exp", "started", "issued_before")
-_OPTIONAL = (*_IDS, *_TIMES, "reason", "initiating_entity")
+_OPTIONAL = (*_IDS, *_TIMES, "claims", "reason", "initiating_entity")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,6 +264,11 @@ def batch_id_of_revocation(revocation_id: str) -> str:
     return f"r-{revocation_id}"
 
 
+def batch_id_of_undo(revocation_id: str) -> str:
+    """The id of the notice-log record that tells that a revocation was undone."""
+    return f"u-{revocation_id}"
+
+
 def new_batch_id(kind: str, partition: int = 0) -> str:
     """A fresh id for a notice-log record that is not a revocation's: kind "e" (expiry) or "m" (missed).
 
@@ -237,7 +286,7 @@ def partition_of_batch(batch_id: str) -> int | None:
     kind, dash, _ = batch_id.partition("-")
     if dash and kind[:1] == "e" and kind[1:].isascii() and kind[1:].isdigit():
         return int(kind[1:])
-    if dash and (kind == "r" or kind[:1] == "m"):
+    if dash and (kind in ("r", "u") or kind[:1] == "m"):
         return None
     raise MessageRefused(f"{batch_id[:64]!r} is no id of a notice batch")
 
@@ -319,6 +368,7 @@ def describe(notices: Sequence[Notice]) -> str:
     found = Counter((notice.cause.value, notice.scope.value, notice.initiating_entity) for notice in notices)
     parts = []
     for (cause, scope, entity), count in sorted(found.items(), key=str):
-        plural = "" if count == 1 else "s"
-        parts.append(f"{cause} {count} {scope}{plural}" + (f" ({entity.value})" if entity is not None else ""))
+        counted = f"{count} set{'' if count == 1 else 's'} of" if scope == Scope.CLAIMS else str(count)
+        plural = "" if count == 1 or scope == Scope.CLAIMS else "s"
+        parts.append(f"{cause} {counted} {scope}{plural}" + (f" ({entity.value})" if entity is not None else ""))
     return ", ".join(parts)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -12,34 +13,65 @@ from uuid6 import uuid7
 
 from knell.errors import InvalidClaims, InvalidRevocation
 from knell.settings import Rules
-from knell.tokens import TokenRef, check_identifier, check_time
+from knell.tokens import (
+    MAX_TIME,
+    ClaimValue,
+    TokenRef,
+    check_claim_value,
+    check_identifier,
+    check_time,
+    same_value,
+    values_of,
+)
 
 MAX_REASON_BYTES = 1024
 # Notices, receipts and records are named after it, with a prefix, and their names end at 256 bytes.
 MAX_REVOCATION_ID_BYTES = 200
+# How many claims one revocation may ask for.
+MAX_CLAIMS = 8
 # How far in the future a cut-off may lie before it is a mistake and not a clock that runs ahead.
 SKEW_SECONDS = 5.0
+# When the entry of a key leaves: never by itself.
+NEVER = MAX_TIME - 1
 
 
 class Scope(StrEnum):
-    """What a revocation names. Token and session are absolute; subject has a cut-off."""
+    """What a revocation names. Token, session and key are absolute; the others have a cut-off."""
 
     TOKEN = "token"  # noqa: S105 - a scope, not a secret
     SESSION = "session"
     SUBJECT = "subject"
+    CLIENT = "client"
+    KEY = "key"
+    CLAIMS = "claims"
+    ISSUER = "issuer"
 
     @property
-    def claim(self) -> str:
-        """The claim that a match of this scope names: jti, sid or sub."""
-        return _CLAIM[self]
+    def claim(self) -> str | None:
+        """What a match of this scope names: jti, sid, sub, client_id, kid or iss. None for claims: any names do."""
+        return _CLAIM.get(self)
 
     @property
     def has_cut_off(self) -> bool:
         """True if it refuses only what began at or before `issued_before`."""
-        return self is Scope.SUBJECT
+        return self not in (Scope.TOKEN, Scope.SESSION, Scope.KEY)
+
+    @property
+    def is_wide(self) -> bool:
+        """True if it may name the sessions of many people: more than one token, session or subject."""
+        return self not in (Scope.TOKEN, Scope.SESSION, Scope.SUBJECT)
 
 
-_CLAIM = {Scope.TOKEN: "jti", Scope.SESSION: "sid", Scope.SUBJECT: "sub"}
+_CLAIM = {
+    Scope.TOKEN: "jti",
+    Scope.SESSION: "sid",
+    Scope.SUBJECT: "sub",
+    Scope.CLIENT: "client_id",
+    Scope.KEY: "kid",
+    Scope.ISSUER: "iss",
+}
+# Not claims, or not of use: the issuer is always given, and a time is not one value but a range.
+_NEVER_MATCHED = frozenset({"iss", "exp", "iat", "nbf", "auth_time", "session_exp", "kid"})
 
 
 class InitiatingEntity(StrEnum):
@@ -59,10 +91,12 @@ class Revocation:
         id: a UUIDv7 as text, or the caller's idempotency key.
         scope: what `match` names.
         iss: the issuer that the match belongs to.
-        match: one claim and its value: {"jti": ...}, {"sid": ...} or {"sub": ...}.
+        match: what it names: {"jti": ...}, {"sid": ...}, {"sub": ...}, {"client_id": ...}, {"kid": ...}, {"iss": ...};
+            of scope claims one to eight claims and their values, all of which a token must have. A claim that is a
+            list has each value in it.
         made_at: when it was made, by the clock of whoever made it.
         expires_at: when it may leave the denylist, because no token that it refuses can still be alive.
-        issued_before: the cut-off of a subject: what began at or before it is refused. None for token and session.
+        issued_before: the cut-off of a wide scope: what began at or before it is refused. None where it is absolute.
         ends: "token", "session", or both: what its notice tells services to end.
         reason: why; shown to whoever is refused.
         initiating_entity: who asked for it.
@@ -71,7 +105,7 @@ class Revocation:
     id: str
     scope: Scope
     iss: str
-    match: Mapping[str, str]
+    match: Mapping[str, ClaimValue]
     made_at: float
     expires_at: float
     issued_before: float | None = None
@@ -81,17 +115,35 @@ class Revocation:
 
     @property
     def value(self) -> str:
-        """The value that it matches: the jti, the sid or the sub."""
-        return self.match[self.scope.claim]
+        """What it matches, as text: the jti, the sid and so on; of scope claims their JSON, in the order of names."""
+        claim = self.scope.claim
+        return written_claims(self.match) if claim is None else str(self.match[claim])
 
-    def refuses(self, token: TokenRef, *, started: float | None = None) -> bool:
+    def names(self, token: TokenRef, claims: Mapping[str, Any] | None = None) -> bool:
+        """Whether its match is that of a token, whatever the cut-off.
+
+        Args:
+            token: the token.
+            claims: its claims set, where that is at hand. Default: what the token's reference has of it.
+        """
+        if self.iss != token.iss:
+            return False
+        claim = self.scope.claim
+        if claim is None:
+            return has_claims(claims_of(token) if claims is None else claims, self.match)
+        return bool(getattr(token, claim) == self.match[claim])
+
+    def refuses(
+        self, token: TokenRef, *, started: float | None = None, claims: Mapping[str, Any] | None = None
+    ) -> bool:
         """Whether it refuses a token.
 
         Args:
             token: the token.
             started: the start of its session where the store knows an earlier one than the token tells.
+            claims: see `names`.
         """
-        if self.iss != token.iss or getattr(token, self.scope.claim) != self.value:
+        if not self.names(token, claims):
             return False
         if self.issued_before is None:
             return True
@@ -123,11 +175,12 @@ class Revocation:
             cut_off = found.get("issued_before")
             if scope.has_cut_off != (cut_off is not None):
                 raise InvalidRevocation(f"scope {scope} and issued_before {cut_off!r} do not go together")
+            iss = check_identifier("iss", found["iss"])
             return cls(
                 id=_check_id(found["id"]),
                 scope=scope,
-                iss=check_identifier("iss", found["iss"]),
-                match={scope.claim: check_identifier(scope.claim, found["match"][scope.claim])},
+                iss=iss,
+                match=_check_match(scope, found["match"], iss),
                 made_at=check_time("made_at", found["made_at"]),
                 expires_at=check_time("expires_at", found["expires_at"]),
                 issued_before=None if cut_off is None else check_time("issued_before", cut_off),
@@ -156,9 +209,39 @@ def began_by(cut_off: float, started: float | None, iat: float | None) -> bool:
     return started is None or started <= cut_off
 
 
+def named_by(token: TokenRef) -> Iterator[tuple[Scope, str]]:
+    """What a token is named by: its jti, sid, sub, client_id, kid and iss, those that it has, each with its scope."""
+    for scope, claim in _CLAIM.items():
+        value = getattr(token, claim)
+        if value:
+            yield scope, value
+
+
+def claims_of(token: TokenRef) -> dict[str, Any]:
+    """The claims that are known of a token from its reference alone."""
+    found: dict[str, Any] = dict(token.claims or {})
+    for name in ("jti", "sid", "sub", "client_id"):
+        if (value := getattr(token, name)) is not None:
+            found[name] = value
+    return found
+
+
+def has_claims(claims: Mapping[str, Any], match: Mapping[str, ClaimValue]) -> bool:
+    """Whether a claims set has every claim of a match, with its value or with that value in its list."""
+    return all(
+        name in claims and any(same_value(value, wanted) for value in values_of(claims[name]))
+        for name, wanted in match.items()
+    )
+
+
+def written_claims(match: Mapping[str, ClaimValue]) -> str:
+    """The match of scope claims as text, the same for the same claims."""
+    return json.dumps(dict(match), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
 def make_revocation(
     scope: str,
-    match: Mapping[str, str],
+    match: Mapping[str, ClaimValue],
     *,
     iss: str,
     now: float,
@@ -173,12 +256,13 @@ def make_revocation(
     """Check everything and make a revocation; its id is a new UUIDv7 unless one is given.
 
     Args:
-        scope: "token", "session" or "subject".
-        match: exactly the one claim of that scope, for example {"sub": "alice"}.
+        scope: "token", "session", "subject", "client", "key", "claims" or "issuer".
+        match: exactly the one claim of that scope, for example {"sub": "alice"}; for claims one to eight of them. For
+            issuer {"iss": iss}.
         id: at most 200 bytes in UTF-8.
         now: the moment it is made, Unix seconds.
         exp: of scope token, its exp where that is known: the entry can then leave the denylist early.
-        issued_before: the cut-off of a subject, default `now`.
+        issued_before: the cut-off, where the scope has one; default `now`.
 
     Raises:
         InvalidRevocation: says what was found and what to do.
@@ -187,13 +271,9 @@ def make_revocation(
         known = Scope(scope)
     except ValueError:
         raise InvalidRevocation(f"unknown scope {scope!r}; use one of {', '.join(Scope)}") from None
-    if not isinstance(match, Mapping) or not match:
-        raise InvalidRevocation(f"the match is empty; scope {known} needs {{{known.claim!r}: ...}}")
-    if set(match) != {known.claim}:
-        raise InvalidRevocation(f"scope {known} matches by {known.claim!r} alone, not by {', '.join(map(repr, match))}")
     try:
-        value = check_identifier(known.claim, match[known.claim])
         check_identifier("iss", iss)
+        checked = _check_match(known, match, iss)
         if id is not None:
             _check_id(id)
         if issued_before is not None:
@@ -223,7 +303,7 @@ def make_revocation(
         id=id or str(uuid7()),
         scope=known,
         iss=iss,
-        match={known.claim: value},
+        match=checked,
         made_at=now,
         expires_at=_leaves_at(known, made_at=now, cut_off=cut_off, exp=exp, rules=rules),
         issued_before=cut_off,
@@ -248,9 +328,38 @@ def revocation_of_refreshed(token: TokenRef, refused_by: Revocation, *, now: flo
     )
 
 
+def _check_match(scope: Scope, match: Any, iss: str) -> dict[str, ClaimValue]:
+    claim = scope.claim
+    if not isinstance(match, Mapping) or not match:
+        raise InvalidRevocation(f"the match is empty; scope {scope} needs {{{claim or 'name'!r}: ...}}")
+    if claim is None:
+        return check_claims(match)
+    if set(match) != {claim}:
+        raise InvalidRevocation(f"scope {scope} matches by {claim!r} alone, not by {', '.join(map(repr, match))}")
+    value = check_identifier(claim, match[claim])
+    if scope is Scope.ISSUER and value != iss:
+        raise InvalidRevocation(f"the match names issuer {value!r}, and the revocation is of {iss!r}; they must agree")
+    return {claim: value}
+
+
+def check_claims(match: Mapping[Any, Any]) -> dict[str, ClaimValue]:
+    """The match of scope claims, checked: one to eight claims and their values; InvalidInput otherwise."""
+    if not isinstance(match, Mapping) or not match:
+        raise InvalidRevocation("the match of scope claims must be an object of one claim or more")
+    if len(match) > MAX_CLAIMS:
+        raise InvalidRevocation(f"the match has {len(match)} claims; the limit is {MAX_CLAIMS}")
+    if unfit := sorted(_NEVER_MATCHED.intersection(match)):
+        raise InvalidRevocation(f"scope claims does not match by {unfit[0]!r}; use another scope, or issued_before")
+    return {
+        check_identifier("a claim's name", name): check_claim_value(str(name), value) for name, value in match.items()
+    }
+
+
 def _leaves_at(scope: Scope, *, made_at: float, cut_off: float | None, exp: float | None, rules: Rules) -> float:
     if scope is Scope.TOKEN:
         return (made_at + rules.max_token_seconds if exp is None else exp) + rules.leeway_seconds
+    if scope is Scope.KEY:
+        return NEVER
     last_start = made_at if cut_off is None else cut_off
     return last_start + rules.max_session_seconds + rules.max_token_seconds + rules.leeway_seconds
 

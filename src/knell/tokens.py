@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 from knell.errors import InvalidClaims
@@ -15,6 +16,11 @@ MAX_ID_BYTES = 256
 MAX_TIME = 2.0**40
 # Larger numbers are not spelt out in an error.
 MAX_SHOWN = 10**20
+# What is kept of the claims that a deployment tracks: a record of a token stays small.
+MAX_TRACKED_BYTES = 1024
+
+# A claim's value that can be compared: text, a whole number, true or false.
+ClaimValue = str | int | bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +36,8 @@ class TokenRef:
         kid: the key that signed it (RFC 7515, section 4.1.4).
         auth_time: when the session's user authenticated (OpenID Connect Core 1.0, section 2).
         session_exp: when its session ends whatever is refreshed; Knell's own claim.
+        claims: those of its other claims that the deployment tracks (`Rules.tracked_claims`): each a value or a list of
+            values. None if there are none.
     """
 
     iss: str
@@ -42,6 +50,7 @@ class TokenRef:
     kid: str | None = None
     auth_time: float | None = None
     session_exp: float | None = None
+    claims: Mapping[str, ClaimValue | list[ClaimValue]] | None = field(default=None, hash=False)
 
     @property
     def second(self) -> int:
@@ -62,12 +71,15 @@ class TokenRef:
         return {name: value for name in _FIELDS if (value := getattr(self, name)) is not None}
 
     @classmethod
-    def from_claims(cls, claims: Mapping[str, Any], *, kid: str | None = None) -> TokenRef:
+    def from_claims(
+        cls, claims: Mapping[str, Any], *, kid: str | None = None, tracked: Collection[str] = ()
+    ) -> TokenRef:
         """Take what Knell keeps out of a token's claims set.
 
         Args:
             claims: a decoded claims set. Claims that Knell does not keep are ignored.
             kid: the `kid` of the token's header, if it is not among the claims.
+            tracked: further claims to keep.
 
         Raises:
             InvalidClaims: a claim is missing, has the wrong type, or is out of range.
@@ -88,10 +100,64 @@ class TokenRef:
             kid=_identifier({"kid": kid} if kid is not None else claims, "kid"),
             auth_time=_time(claims, "auth_time"),
             session_exp=_time(claims, "session_exp"),
+            claims=_tracked({name: claims[name] for name in tracked if name in claims}) if tracked else None,
         )
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> TokenRef:
+        """Read what `as_json` wrote. InvalidClaims if it is no such object."""
+        ref = cls.from_claims(found)
+        claims = found.get("claims")
+        if claims is None:
+            return ref
+        if not isinstance(claims, Mapping):
+            raise InvalidClaims(f"the tracked claims must be an object, not {type(claims).__name__}")
+        return ref.replace(claims=_tracked(claims))
 
 
 _FIELDS = tuple(field.name for field in fields(TokenRef))
+
+
+def comparable(value: object) -> bool:
+    """Whether a claim's value can be compared: text, a whole number, true or false (and no number of other kinds)."""
+    return isinstance(value, str | int)
+
+
+def same_value(one: object, other: object) -> bool:
+    """Whether two values of claims are the same; true is not 1."""
+    return one == other and isinstance(one, bool) == isinstance(other, bool)
+
+
+def values_of(claim: object) -> list[Any]:
+    """The values that a claim has: the members of a list (such as `aud`), or the one value."""
+    return claim if isinstance(claim, list) else [claim]
+
+
+def check_claim_value(name: str, value: object) -> ClaimValue:
+    """A value that can be compared, of at most 256 bytes; InvalidClaims otherwise."""
+    if isinstance(value, str):
+        return check_identifier(name, value)
+    if not isinstance(value, int):
+        raise InvalidClaims(f"{name!r} is of type {type(value).__name__}; only text, whole numbers, true and false do")
+    if abs(value) >= 2**53:
+        raise InvalidClaims(f"{name!r} is a number that JSON does not keep exactly; it must be below 2**53")
+    return value
+
+
+def _tracked(claims: Mapping[str, Any]) -> dict[str, ClaimValue | list[ClaimValue]] | None:
+    kept: dict[str, ClaimValue | list[ClaimValue]] = {}
+    for name, claim in claims.items():
+        check_identifier("a claim's name", name)
+        if isinstance(claim, list):
+            kept[name] = [check_claim_value(name, value) for value in claim if comparable(value)]
+        elif comparable(claim):
+            kept[name] = check_claim_value(name, claim)
+    if len(json.dumps(kept)) > MAX_TRACKED_BYTES:
+        raise InvalidClaims(
+            f"the tracked claims {', '.join(sorted(kept))} take more than {MAX_TRACKED_BYTES} bytes; track fewer "
+            "(KNELL_TRACKED_CLAIMS)"
+        )
+    return kept or None
 
 
 def check_identifier(name: str, value: object) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import structlog
 
-from knell.decoding import Decoder
+from knell.decoding import Claims, Decoder
 from knell.errors import DenylistStale, InvalidSettings, TokenExpired, TokenInvalid, TokenRevoked
 from knell.follower import Follower
 from knell.settings import Settings
@@ -137,8 +137,8 @@ class Verifier:
 
     # ---- checking
 
-    def verify(self, token: str) -> dict[str, Any]:
-        """Check a token. Returns its claims, a copy that is the caller's own.
+    def verify(self, token: str) -> Claims:
+        """Check a token. Returns its claims, a dict that is the caller's own.
 
         Raises:
             TokenInvalid: malformed, not signed by a trusted key, for someone else, or a claim is wrong or missing.
@@ -147,13 +147,14 @@ class Verifier:
             DenylistStale: by the policy, nothing can be accepted now; try again later.
         """
         claims, ref = self._decoder.decode(token)
-        self._check(ref, claims.get("nbf"))
+        self._check(ref, claims)
         return claims
 
-    def _check(self, ref: TokenRef, nbf: float | None) -> None:
+    def _check(self, ref: TokenRef, claims: Mapping[str, Any]) -> None:
         now = self._clock()
         if ends_at(ref, self._leeway_seconds) <= now:
             raise TokenExpired("the token has expired" if ref.exp <= now else "the token's session has expired")
+        nbf = claims.get("nbf")
         if nbf is not None and nbf > now + self._leeway_seconds:
             raise TokenInvalid(f"the token is valid only in {nbf - now:.0f} s (nbf)")
         # The most skew that any process may forgive: what begins later than that was not issued in good order, and
@@ -166,7 +167,7 @@ class Verifier:
             raise TokenInvalid(f"the token's exp is more than {self._rules.max_token_seconds:.0f} s off, the maximum")
         if not self._follower.ready:
             self._wait_at_start()
-        found = self._follower.denylist.find(ref)
+        found = self._follower.denylist.find(ref, claims=claims)
         if found is not None:
             raise TokenRevoked(found.id, found.reason)
         self._check_age()
@@ -201,7 +202,7 @@ class Verifier:
         ends no watch. After a fork, the child has none of the parent's watches.
 
         Args:
-            claims: what `verify` returned.
+            claims: what `verify` returned: itself, because a plain copy of it does not know the token's key any more.
             on_end: is given a `TokenEnd`.
 
         Returns:
@@ -211,7 +212,7 @@ class Verifier:
             InvalidClaims: these are no claims of a token.
         """
         self.start()
-        return self._watches.add(self._decoder.reference(claims), on_end)
+        return self._watches.add(self._decoder.reference(claims), on_end, claims=claims)
 
     # ---- the replica
 

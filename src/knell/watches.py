@@ -8,16 +8,16 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import structlog
 
 from knell.denylist import Denylist
 from knell.redaction import traceback_of
-from knell.revocations import Revocation, Scope
+from knell.revocations import Revocation, Scope, claims_of, named_by
 from knell.store import Change
 from knell.tokens import TokenRef
 
@@ -57,10 +57,14 @@ class Watch:
 
     Attributes:
         token: what is watched.
+        claims: its claims, as far as they are known.
     """
 
-    def __init__(self, owner: Watches, token: TokenRef, on_end: Callable[[TokenEnd], None]) -> None:
+    def __init__(
+        self, owner: Watches, token: TokenRef, on_end: Callable[[TokenEnd], None], claims: Mapping[str, Any]
+    ) -> None:
         self.token = token
+        self.claims = claims
         self._owner = owner
         self._on_end: Callable[[TokenEnd], None] | None = on_end
 
@@ -116,9 +120,15 @@ class Watches:
         """How many watches wait for their end."""
         return len(self._live)
 
-    def add(self, token: TokenRef, on_end: Callable[[TokenEnd], None]) -> Watch:
-        """Watch a token. `on_end` is called from the thread of the watches, at once if the token has ended already."""
-        watch = Watch(self, token, on_end)
+    def add(
+        self, token: TokenRef, on_end: Callable[[TokenEnd], None], *, claims: Mapping[str, Any] | None = None
+    ) -> Watch:
+        """Watch a token. `on_end` is called from the thread of the watches, at once if the token has ended already.
+
+        Args:
+            claims: its claims set, for revocations by claims. Default: what the token's reference has of it.
+        """
+        watch = Watch(self, token, on_end, claims_of(token) if claims is None else dict(claims))
         with self._changed:
             if self._closed:
                 raise RuntimeError("the verifier was closed; it watches nothing any more")
@@ -129,7 +139,7 @@ class Watches:
             heapq.heappush(self._timers, (ends_at(token, self._leeway_seconds), self._made, watch))
             self._start()
             # Looked up after it was entered: a revocation is either in the denylist by now, or will find the watch.
-            revocation = self._denylist().find(token)
+            revocation = self._denylist().find(token, claims=watch.claims)
             if revocation is not None:
                 self._end(watch, self._revoked(revocation))
             self._changed.notify()
@@ -141,10 +151,10 @@ class Watches:
             return
         revocation = change.revocation
         with self._changed:
-            named = self._by_key.get((revocation.scope, revocation.iss, revocation.value))
+            named = self._by_key.get(_key_of(revocation))
             if not named:
                 return
-            for watch in [watch for watch in named if revocation.refuses(watch.token)]:
+            for watch in [watch for watch in named if revocation.refuses(watch.token, claims=watch.claims)]:
                 self._end(watch, self._revoked(revocation))
             self._changed.notify()
 
@@ -235,7 +245,8 @@ class Watches:
             watches = list(self._live)
         for first in range(0, len(watches), _RECHECK_PAGE):
             denylist = self._denylist()
-            found = [(watch, denylist.find(watch.token)) for watch in watches[first : first + _RECHECK_PAGE]]
+            page = watches[first : first + _RECHECK_PAGE]
+            found = [(watch, denylist.find(watch.token, claims=watch.claims)) for watch in page]
             with self._changed:
                 for watch, revocation in found:
                     if revocation is not None:
@@ -269,8 +280,14 @@ def ends_at(token: TokenRef, leeway_seconds: float) -> float:
 
 
 def _keys(token: TokenRef) -> list[_Key]:
-    named = ((scope, getattr(token, scope.claim)) for scope in Scope)
-    return [(scope, token.iss, value) for scope, value in named if value]
+    return [(scope, token.iss, value) for scope, value in named_by(token)]
+
+
+def _key_of(revocation: Revocation) -> _Key:
+    """The key of the watches that a revocation may name; by claims it may be any of the issuer's."""
+    if revocation.scope is Scope.CLAIMS:
+        return (Scope.ISSUER, revocation.iss, revocation.iss)
+    return (revocation.scope, revocation.iss, revocation.value)
 
 
 _all: weakref.WeakSet[Watches] = weakref.WeakSet()

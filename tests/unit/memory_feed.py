@@ -9,9 +9,10 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from knell.errors import CursorLost, StoreUnavailable
-from knell.revocations import Revocation, make_revocation
+from knell.revocations import Revocation, Scope, make_revocation
 from knell.settings import Rules
 from knell.store import Change, Cursor
+from knell.tokens import ClaimValue
 
 ISS = "https://auth.example"
 # A feed may answer sooner than it was asked to wait; here it does, so that closing a follower takes no second.
@@ -20,11 +21,13 @@ T = TypeVar("T")
 _numbers = itertools.count(1)
 
 
-def revocation(scope: str, value: str, *, iss: str = ISS, now: float = 1000.0, **more: object) -> Revocation:
-    """A revocation with an id of its own."""
-    claim = {"token": "jti", "session": "sid", "subject": "sub"}[scope]
+def revocation(
+    scope: str, value: str | dict[str, ClaimValue], *, iss: str = ISS, now: float = 1000.0, **more: object
+) -> Revocation:
+    """A revocation with an id of its own; of scope claims the value is the match."""
+    match = value if isinstance(value, dict) else {str(Scope(scope).claim): value}
     more.setdefault("id", f"r{next(_numbers):06}")
-    return make_revocation(scope, {claim: value}, iss=iss, now=now, rules=Rules(), **more)  # type: ignore[arg-type]
+    return make_revocation(scope, match, iss=iss, now=now, rules=Rules(), **more)  # type: ignore[arg-type]
 
 
 def eventually(condition: Callable[[], T], *, seconds: float = 20.0) -> T:

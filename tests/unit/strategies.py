@@ -24,6 +24,12 @@ json_values = st.recursive(
 )
 
 
+claim_values = identifiers | st.booleans() | st.integers(-(2**53) + 1, 2**53 - 1)
+claims = st.dictionaries(
+    st.sampled_from(["tenant", "role", "level", "admin", "a", "ä"]), claim_values, min_size=1, max_size=4
+)
+
+
 def maybe(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     """The same, or None."""
     return st.none() | strategy
@@ -41,6 +47,7 @@ token_refs = st.builds(
     kid=maybe(identifiers),
     auth_time=maybe(times),
     session_exp=maybe(times),
+    claims=maybe(claims),
 )
 
 
@@ -48,11 +55,12 @@ token_refs = st.builds(
 def revocations(draw: st.DrawFn) -> Revocation:
     """A revocation of any scope, as `make_revocation` could have made it."""
     scope = draw(st.sampled_from(Scope))
+    iss = draw(identifiers)
     return Revocation(
         id=draw(identifiers),
         scope=scope,
-        iss=draw(identifiers),
-        match={scope.claim: draw(identifiers)},
+        iss=iss,
+        match={scope.claim: iss if scope is Scope.ISSUER else draw(identifiers)} if scope.claim else draw(claims),
         made_at=draw(times),
         expires_at=draw(times),
         issued_before=draw(times) if scope.has_cut_off else None,
@@ -77,6 +85,8 @@ def notices(batch_id: str, n: int) -> st.SearchStrategy[Notice]:
         sid=maybe(identifiers),
         sub=maybe(identifiers),
         client_id=maybe(identifiers),
+        kid=maybe(identifiers),
+        claims=maybe(claims),
         exp=maybe(times),
         started=maybe(times),
         issued_before=maybe(times),

@@ -16,6 +16,8 @@ from tests.unit.memory_feed import ISS, revocation
 
 _values = st.sampled_from(["a", "b"])
 _times = st.sampled_from([900.0, 1000.0, 1000.25, 1000.75, 1001.0])
+_names = st.sampled_from(["tenant", "role", "level"])
+_claims: st.SearchStrategy[Any] = st.sampled_from(["a", "b", 0, 1, False, True])
 _tokens = st.builds(
     TokenRef,
     iss=st.sampled_from([ISS, "https://other.example"]),
@@ -25,6 +27,9 @@ _tokens = st.builds(
     auth_time=st.none() | _times,
     sid=st.none() | _values,
     sub=st.none() | _values,
+    client_id=st.none() | _values,
+    kid=st.none() | _values,
+    claims=st.none() | st.dictionaries(_names, _claims | st.lists(_claims, max_size=3), max_size=3),
 )
 
 
@@ -47,6 +52,18 @@ class AgainstAList(RuleBasedStateMachine):
     @rule(value=_values, cut_off=_times)
     def add_subject(self, value: str, cut_off: float) -> None:
         self._add(revocation("subject", value, now=1001.0, issued_before=cut_off))
+
+    @rule(scope=st.sampled_from(["client", "issuer"]), value=_values, cut_off=_times)
+    def add_wide(self, scope: str, value: str, cut_off: float) -> None:
+        self._add(revocation(scope, ISS if scope == "issuer" else value, now=1001.0, issued_before=cut_off))
+
+    @rule(value=_values)
+    def add_key(self, value: str) -> None:
+        self._add(revocation("key", value))
+
+    @rule(match=st.dictionaries(_names | st.sampled_from(["sub", "sid"]), _claims, min_size=1, max_size=3), at=_times)
+    def add_claims(self, match: dict[str, Any], at: float) -> None:
+        self._add(revocation("claims", match, now=1001.0, issued_before=at))
 
     def _add(self, one: Revocation) -> None:
         assert self.denylist.add(one)
@@ -87,7 +104,7 @@ class AgainstAList(RuleBasedStateMachine):
 
 
 TestAgainstAList: Any = AgainstAList.TestCase
-TestAgainstAList.settings = hypothesis_settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestAgainstAList.settings = hypothesis_settings(max_examples=80, stateful_step_count=50, deadline=None)
 
 
 def _token(**more: Any) -> TokenRef:
@@ -104,6 +121,34 @@ def test_undoing_one_reveals_another() -> None:
     assert first is not None
     denylist.remove(first.id)
     assert denylist.find(_token(sid="s")) is (other if first is one else one)
+
+
+def test_claims_at_hand_count_whether_they_are_tracked_or_not() -> None:
+    """A verifier judges by the whole claims set, a store by what it keeps; true is not 1."""
+    denylist = Denylist()
+    revoked = revocation("claims", {"tenant": "acme", "admin": True, "aud": "shop"})
+    denylist.add(revoked)
+    token = _token(sub="alice")
+    whole = {"tenant": "acme", "admin": True, "aud": ["shop", "web"]}
+    assert denylist.find(token, claims=whole) is revoked
+    assert denylist.find(token, claims=whole | {"admin": 1}) is None
+    assert denylist.find(token, claims=whole | {"aud": "web"}) is None
+    assert denylist.find(token) is None
+    assert denylist.find(token.replace(claims=whole)) is revoked
+
+
+def test_a_thousand_sets_of_names_cost_a_token_nothing() -> None:
+    """A token is compared with the matches that are kept under one of its claims alone, however many there are."""
+    denylist = Denylist()
+    for n in range(1000):
+        denylist.add(revocation("claims", {f"claim{n}": "x", "tenant": "acme"}))
+    index = denylist._claim_index
+    assert len(list(index.candidates(ISS, {"tenant": "acme", "sub": "alice", "claim7": "x"}))) <= 2
+    assert denylist.find(_token(), claims={"tenant": "acme", "claim7": "x"}) is not None
+    for one in list(denylist):
+        denylist.remove(one.id)
+    assert not index._issuers
+    assert not index._anchors
 
 
 def test_what_tells_of_a_sessions_end_goes_before_what_lives_longer() -> None:

@@ -211,7 +211,10 @@ def test_a_wide_scope_goes_by_its_cut_off(auth_time: float | None, iat: float | 
 @given(revocations(), token_refs)
 def test_services_and_verifiers_agree(revocation: Revocation, ref: TokenRef) -> None:
     """A session that ends both ways is ended by a revocation's notice exactly if a verifier refuses its token."""
-    ref = ref.replace(iss=revocation.iss, **{revocation.scope.claim: revocation.value})
+    claim = revocation.scope.claim
+    ref = ref.replace(
+        **{"iss": revocation.iss, **({"claims": revocation.match} if claim is None else revocation.match)}
+    )
     told = Notice.of_revocation(revocation)
     if told.ends == BOTH:
         assert told.matches(ref) is revocation.refuses(ref)

@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 
 from knell.errors import InvalidRevocation
 from knell.notices import Notice, NoticeBatch, Receipt
-from knell.revocations import MAX_REVOCATION_ID_BYTES, SKEW_SECONDS, Revocation, Scope, began_by, make_revocation
+from knell.revocations import (
+    MAX_REVOCATION_ID_BYTES,
+    NEVER,
+    SKEW_SECONDS,
+    Revocation,
+    Scope,
+    began_by,
+    make_revocation,
+)
 from knell.settings import Rules
 from knell.tokens import TokenRef
 from tests.unit.strategies import json_values, revocations, token_refs
@@ -20,18 +28,27 @@ from tests.unit.strategies import json_values, revocations, token_refs
 ISS = "https://auth.example"
 NOW = 1_000_000.0
 RULES = Rules()
+MATCHES: dict[str, Any] = {
+    "token": {"jti": "x"},
+    "session": {"sid": "x"},
+    "subject": {"sub": "x"},
+    "client": {"client_id": "x"},
+    "key": {"kid": "x"},
+    "claims": {"tenant": "x", "admin": True},
+    "issuer": {"iss": ISS},
+}
 
 
 def made(scope: str = "subject", match: Any = None, **changes: Any) -> Revocation:
     """A revocation made at NOW."""
-    claim = {"token": "jti", "session": "sid"}.get(scope, "sub")
     given: dict[str, Any] = {"iss": ISS, "now": NOW, "rules": RULES}
-    return make_revocation(scope, {claim: "x"} if match is None else match, **given | changes)
+    return make_revocation(scope, MATCHES[scope] if match is None else match, **given | changes)
 
 
 def token(**claims: Any) -> TokenRef:
-    """A token of ISS with jti, sid and sub "x"."""
-    given: dict[str, Any] = {"iss": ISS, "jti": "x", "sid": "x", "sub": "x", "exp": NOW + 900}
+    """A token of ISS that every revocation of MATCHES names."""
+    given: dict[str, Any] = {"iss": ISS, "exp": NOW + 900, "claims": {"tenant": "x", "admin": True}}
+    given |= dict.fromkeys(("jti", "sid", "sub", "client_id", "kid"), "x")
     return TokenRef(**given | claims)
 
 
@@ -77,7 +94,24 @@ def test_only_invalid_revocation_comes_out(data: st.DataObject) -> None:
 @pytest.mark.parametrize(
     ("scope", "match", "changes", "said"),
     [
-        ("user", {"sub": "x"}, {}, "unknown scope 'user'; use one of token, session, subject"),
+        (
+            "user",
+            {"sub": "x"},
+            {},
+            "unknown scope 'user'; use one of token, session, subject, client, key, claims",
+        ),
+        ("claims", {}, {}, "the match is empty; scope claims needs {'name': ...}"),
+        ("claims", {"tenant": 1.5}, {}, "'tenant' is of type float; only text, whole numbers, true and false do"),
+        ("claims", {"tenant": None}, {}, "NoneType"),
+        ("claims", {"tenant": 2**53}, {}, "must be below 2**53"),
+        ("claims", {"exp": 5}, {}, "does not match by 'exp'"),
+        ("claims", {"iss": ISS}, {}, "does not match by 'iss'"),
+        ("claims", {7: "x"}, {}, "must be a string, not int"),
+        ("claims", {f"c{n}": n for n in range(9)}, {}, "has 9 claims; the limit is 8"),
+        ("issuer", {"iss": "https://other.example"}, {}, "names issuer 'https://other.example'"),
+        ("client", {"sub": "x"}, {}, "matches by 'client_id' alone"),
+        ("client", {"client_id": "x"}, {"issued_before": NOW + SKEW_SECONDS + 1}, "in the future"),
+        ("key", {"kid": "x"}, {"issued_before": NOW}, "absolute and has no issued_before"),
         ("token", {}, {}, "the match is empty; scope token needs {'jti': ...}"),
         ("session", None, {"match": None}, "the match is empty"),
         ("session", "s-1", {}, "the match is empty"),
@@ -147,16 +181,21 @@ def test_ids_are_new_or_given() -> None:
             {"issued_before": NOW - 100},
             RULES.max_session_seconds + RULES.max_token_seconds + RULES.leeway_seconds - 100,
         ),
+        *(
+            (scope, {}, RULES.max_session_seconds + RULES.max_token_seconds + RULES.leeway_seconds)
+            for scope in ("client", "claims", "issuer")
+        ),
+        ("key", {}, NEVER - NOW),
     ],
 )
 def test_an_entry_leaves_when_nothing_it_refuses_can_live(scope: str, changes: dict[str, Any], after: float) -> None:
-    """A token's entry leaves at its exp plus leeway, wider ones when the longest session and token have run out."""
+    """A token's entry leaves at its exp plus leeway, a key's never, others when the longest session and token have."""
     assert made(scope, **changes).expires_at == NOW + after
 
 
-@pytest.mark.parametrize("scope", ["session", "subject"])
+@pytest.mark.parametrize("scope", [scope for scope in Scope if scope != "token"])
 def test_wide_scopes_end_both(scope: str) -> None:
-    """Revoking a session or a subject ends tokens and sessions, whatever the caller says."""
+    """Revoking anything but a token ends tokens and sessions, whatever the caller says."""
     assert made(scope, ends=frozenset({"token"})).ends == {"token", "session"}
     assert made("token", ends=frozenset({"token"})).ends == {"token"}
 
@@ -167,17 +206,21 @@ def test_only_the_same_issuer_and_value_are_refused(scope: Scope) -> None:
     revocation = made(scope)
     assert revocation.refuses(token())
     assert not revocation.refuses(token(iss="https://other.example"))
-    assert not revocation.refuses(token(**{scope.claim: "y"}))
+    if scope is Scope.CLAIMS:
+        assert not revocation.refuses(token(claims={"tenant": "x", "admin": 1}))
+        assert not revocation.refuses(token(claims={"tenant": "x"}))
+    elif scope is not Scope.ISSUER:
+        assert not revocation.refuses(token(**{str(scope.claim): "y"}))
 
 
-@pytest.mark.parametrize("scope", [Scope.SESSION, Scope.SUBJECT])
+@pytest.mark.parametrize("scope", [Scope.SESSION, Scope.SUBJECT, Scope.CLIENT, Scope.KEY, Scope.CLAIMS])
 def test_a_token_without_the_claim_is_not_refused(scope: Scope) -> None:
     """A token that has no sid is of no session, and one without sub of no subject."""
-    assert not made(scope).refuses(token(**{scope.claim: None}))
+    assert not made(scope).refuses(token(**{scope.claim or "claims": None}))
 
 
-@pytest.mark.parametrize("scope", [Scope.TOKEN, Scope.SESSION])
-def test_token_and_session_are_absolute(scope: Scope) -> None:
+@pytest.mark.parametrize("scope", [Scope.TOKEN, Scope.SESSION, Scope.KEY])
+def test_token_session_and_key_are_absolute(scope: Scope) -> None:
     """What began after the revocation is refused too."""
     assert made(scope).refuses(token(iat=NOW + 100, auth_time=NOW + 100))
 

@@ -20,7 +20,7 @@ CLAIMS = {"iss": "https://auth.example", "jti": "t-1", "exp": 2_000.0}
 @given(token_refs)
 def test_json_round_trip(ref: TokenRef) -> None:
     """What is written as JSON reads back as the same value."""
-    assert TokenRef.from_claims(json.loads(json.dumps(ref.as_json()))) == ref
+    assert TokenRef.from_json(json.loads(json.dumps(ref.as_json()))) == ref
 
 
 @given(st.dictionaries(st.sampled_from([*TokenRef.__dataclass_fields__, "aud"]), json_values) | json_values)
@@ -90,6 +90,11 @@ def test_the_header_s_kid_counts() -> None:
 
 def test_other_claims_are_not_kept() -> None:
     """Nothing but the named claims is kept of a token."""
+    assert TokenRef.from_claims(CLAIMS | {"tenant": "acme", "pi": 3.14}, tracked=("tenant", "pi", "role")).claims == {
+        "tenant": "acme"
+    }
+    with pytest.raises(InvalidClaims, match="track fewer"):
+        TokenRef.from_claims(CLAIMS | {"groups": [f"group-{n}" for n in range(200)]}, tracked=("groups",))
     ref = TokenRef.from_claims(CLAIMS | {"email": "alice@example.com", "aud": ["shop"]})
     assert ref.as_json() == CLAIMS
 

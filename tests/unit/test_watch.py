@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from knell.decoding import Claims
 from knell.revocations import Revocation
-from knell.tokens import TokenRef
+from knell.tokens import ClaimValue, TokenRef
 from knell.verifier import TokenEnd, Verifier
 from knell.watches import Watches
 from tests.unit.memory_feed import ISS, MemoryFeed, eventually, revocation
@@ -46,19 +47,33 @@ def _live(**changes: Any) -> dict[str, Any]:
     return claims(**{"iat": now, "exp": now + 600} | changes)
 
 
-def _revocation(scope: str, value: str, **more: Any) -> Revocation:
+def _revocation(scope: str, value: str | dict[str, ClaimValue], **more: Any) -> Revocation:
     return revocation(scope, value, now=time.time(), **more)
 
 
-@pytest.mark.parametrize(("scope", "value"), [("token", "j1"), ("session", "s1"), ("subject", "alice")])
+@pytest.mark.parametrize(
+    ("scope", "value"),
+    [
+        ("token", "j1"),
+        ("session", "s1"),
+        ("subject", "alice"),
+        ("client", "web"),
+        ("key", "k1"),
+        ("claims", {"tenant": "acme", "roles": "admin"}),
+        ("issuer", "https://auth.example"),
+    ],
+)
 def test_a_revocation_ends_what_it_names(
-    make: Callable[..., Verifier], feed: MemoryFeed, scope: str, value: str
+    make: Callable[..., Verifier], feed: MemoryFeed, scope: str, value: str | dict[str, ClaimValue]
 ) -> None:
     """A watch is told of a revocation of each scope, with its id and reason; other tokens' watches are not."""
     one, ends, others = make(), Ends(), Ends()
-    one.watch(_live(), ends.put)
-    one.watch(_live(jti="j2", sid="s2", sub="bob"), others.put)
-    one.watch(_live(iss="https://b.example"), others.put)
+    mine = Claims(_live(client_id="web", tenant="acme", roles=["user", "admin"]))
+    mine.kid = "k1"
+    one.watch(mine, ends.put)
+    if scope != "issuer":
+        one.watch(_live(jti="j2", sid="s2", sub="bob", tenant="acme", roles=["user"]), others.put)
+    one.watch(_live(iss="https://b.example", client_id="web", tenant="acme", roles=["admin"]), others.put)
     revoked = _revocation(scope, value, reason="stolen")
     feed.revoke(revoked)
     end = ends.get(timeout=20)
@@ -68,7 +83,7 @@ def test_a_revocation_ends_what_it_names(
     eventually(lambda: one._follower.cursor == feed.head())
     assert ends.empty()
     assert others.empty()
-    assert len(one._watches) == 2
+    assert len(one._watches) == (1 if scope == "issuer" else 2)
 
 
 def test_a_session_that_began_after_the_cut_off_is_left_alone(make: Callable[..., Verifier], feed: MemoryFeed) -> None:
@@ -229,7 +244,7 @@ def test_watches_that_come_and_go_leave_nothing_behind(make: Callable[..., Verif
     watches = one._watches
     assert len(watches) == 1
     assert len(watches._timers) < 2000
-    assert {key[2] for key in watches._by_key} == {"keep", "s1", "alice"}
+    assert {key[2] for key in watches._by_key} == {"keep", "s1", "alice", "https://auth.example"}
     keep.cancel()
     assert not watches._by_key
 
@@ -242,9 +257,9 @@ def test_a_revocation_looks_only_at_what_it_names(make: Callable[..., Verifier],
     asked: list[TokenRef] = []
 
     class Counted(Revocation):
-        def refuses(self, token: TokenRef, *, started: float | None = None) -> bool:
+        def refuses(self, token: TokenRef, **more: Any) -> bool:
             asked.append(token)
-            return Revocation.refuses(self, token, started=started)
+            return Revocation.refuses(self, token, **more)
 
     made = _revocation("session", "s7")
     feed.revoke(Counted(**{name: getattr(made, name) for name in Revocation.__dataclass_fields__}))
