@@ -10,12 +10,14 @@ if TYPE_CHECKING:
     from knell.errors import (
         BatchFailed,
         BrokerUnavailable,
+        ConfirmationNeeded,
         DenylistStale,
         GiveUp,
         InvalidClaims,
         InvalidInput,
         InvalidRevocation,
         InvalidSettings,
+        KeyRevoked,
         KnellError,
         SessionEnded,
         SessionRevoked,
@@ -27,8 +29,9 @@ if TYPE_CHECKING:
         Unavailable,
         UnknownService,
     )
-    from knell.issuer import Issued, Issuer, Revoked, Tracking
+    from knell.issuer import Issuer
     from knell.notices import Cause, Notice
+    from knell.results import Issued, Revoked, Tracking, Undone
     from knell.revocations import InitiatingEntity, Revocation, Scope
     from knell.service import Service
     from knell.settings import Rules, Settings
@@ -46,6 +49,7 @@ __all__ = [
     "Revoked",
     "TokenEnd",
     "Tracking",
+    "Undone",
     "Watch",
     # the words
     "Cause",
@@ -63,12 +67,14 @@ __all__ = [
     # errors
     "BatchFailed",
     "BrokerUnavailable",
+    "ConfirmationNeeded",
     "DenylistStale",
     "GiveUp",
     "InvalidClaims",
     "InvalidInput",
     "InvalidRevocation",
     "InvalidSettings",
+    "KeyRevoked",
     "KnellError",
     "SessionEnded",
     "SessionRevoked",
@@ -84,8 +90,9 @@ __all__ = [
 # Where each public name lives. They are imported when first used, so that a verifier loads no Celery.
 _HOMES = {
     "knell.async_issuer": ("AsyncIssuer",),
-    "knell.issuer": ("Issued", "Issuer", "Revoked", "Tracking"),
+    "knell.issuer": ("Issuer",),
     "knell.notices": ("Cause", "Notice"),
+    "knell.results": ("Issued", "Revoked", "Tracking", "Undone"),
     "knell.revocations": ("InitiatingEntity", "Revocation", "Scope"),
     "knell.service": ("Service",),
     "knell.settings": ("Rules", "Settings"),

@@ -11,9 +11,10 @@ from functools import partial
 from typing import Any, Self, TypeVar
 
 from knell.errors import Unavailable
-from knell.issuer import Issued, Issuer, Revoked, Tracking, pauses
+from knell.issuer import Issuer
+from knell.results import Issued, Revoked, Tracking, Undone, pauses
 from knell.store import ServiceStatus
-from knell.tokens import TokenRef
+from knell.tokens import ClaimValue, TokenRef
 
 # With every thread waiting for a store or a broker that is away, a call that has not begun by then would wait as well.
 BEGIN_SECONDS = 2.0
@@ -53,7 +54,7 @@ class AsyncIssuer:
     async def revoke(
         self,
         scope: str,
-        match: Mapping[str, str],
+        match: Mapping[str, ClaimValue],
         *,
         wait_for: Sequence[str] = (),
         timeout_seconds: float = 5.0,
@@ -69,6 +70,10 @@ class AsyncIssuer:
             await asyncio.sleep(min(pause, left))
             revoked = await self._run(partial(self._issuer._look, revoked))
         return revoked
+
+    async def undo(self, revocation_id: str, **options: Any) -> Undone:
+        """See Issuer.undo."""
+        return await self._run(partial(self._issuer.undo, revocation_id, **options))
 
     async def status(self, revocation_id: str) -> Mapping[str, ServiceStatus] | None:
         """See Issuer.status."""

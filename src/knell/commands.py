@@ -42,11 +42,13 @@ class RevokeCommand:
         revocation: what to record.
         notices: its signed notice by what it ends, as "token", "session token": whether a revoked token ends its
             session is known only once the store can be asked, and the notifier cannot sign for the issuer.
+        actor: who asked for it, for the audit log.
     """
 
     id: str
     revocation: Revocation
     notices: Mapping[str, str]
+    actor: str | None = None
 
 
 def sign_track(refs: Sequence[TokenRef], *, key: SigningKey, signer: str, audience: str, now: float) -> str:
@@ -55,10 +57,19 @@ def sign_track(refs: Sequence[TokenRef], *, key: SigningKey, signer: str, audien
 
 
 def sign_revoke(
-    revocation: Revocation, notices: Mapping[str, str], *, key: SigningKey, signer: str, audience: str, now: float
+    revocation: Revocation,
+    notices: Mapping[str, str],
+    *,
+    key: SigningKey,
+    signer: str,
+    audience: str,
+    now: float,
+    actor: str | None = None,
 ) -> str:
     """A signed command to record a revocation."""
-    asked = {"do": "revoke", "revocation": revocation.as_json(), "notices": dict(notices)}
+    asked: dict[str, Any] = {"do": "revoke", "revocation": revocation.as_json(), "notices": dict(notices)}
+    if actor is not None:
+        asked["actor"] = actor
     return _sign(asked, key, signer, audience, now)
 
 
@@ -100,6 +111,7 @@ class CommandReader:
         try:
             revocation = Revocation.from_json(payload["revocation"])
             notices = {check_identifier("ends", ends): notice for ends, notice in payload["notices"].items()}
+            actor = None if payload.get("actor") is None else check_identifier("actor", payload["actor"])
         except (InvalidInput, KeyError, AttributeError) as error:
             raise MessageRefused(f"not a revoke command: {error!r}") from None
         if not all(isinstance(notice, str) for notice in notices.values()) or ends_key(revocation.ends) not in notices:
@@ -114,7 +126,7 @@ class CommandReader:
             raise MessageRefused("the revocation outlives every token that it could refuse")
         for ends, notice in notices.items():
             self._check_notice(notice, ends, revocation)
-        return RevokeCommand(_command_id(payload, key), revocation, notices)
+        return RevokeCommand(_command_id(payload, key), revocation, notices, actor)
 
     @property
     def _longest_token_seconds(self) -> float:

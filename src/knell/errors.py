@@ -21,6 +21,26 @@ class InvalidRevocation(InvalidInput):
     """A revocation that cannot be recorded: an unknown scope, an empty match, a cut-off in the future, and so on."""
 
 
+class ConfirmationNeeded(InvalidRevocation):
+    """A revocation would end many sessions, or nobody knows how many, and was not confirmed. Nothing was changed.
+
+    Attributes:
+        confirm: what has to be passed as `confirm`.
+        sessions: how many sessions it would end, as far as that was counted; None if it cannot be known.
+        complete: False if there may be more.
+    """
+
+    def __init__(self, confirm: str, *, limit: int, sessions: int | None, complete: bool) -> None:
+        found = "it cannot be known how many" if sessions is None else f"{sessions}{'' if complete else ' or more'}"
+        super().__init__(
+            f"it would end many sessions ({found}), and more than {limit} (KNELL_CONFIRM_SESSIONS) have to be "
+            f"confirmed by name: pass confirm={confirm!r} if that is meant"
+        )
+        self.confirm = confirm
+        self.sessions = sessions
+        self.complete = complete
+
+
 class InvalidSettings(InvalidInput):
     """A setting (`KNELL_*`, or an argument in its place) has a value that cannot be used."""
 
@@ -84,6 +104,10 @@ class SessionRevoked(KnellError):
         super().__init__(f"the session was revoked by {revocation_id}" + (f": {reason}" if reason else ""))
         self.revocation_id = revocation_id
         self.reason = reason
+
+
+class KeyRevoked(SessionRevoked):
+    """issue, track or refresh met a token whose signing key is revoked. Give the issuer another key."""
 
 
 class SessionEnded(KnellError):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, Self
 
 import jwt
@@ -14,92 +14,29 @@ from knell import commands, messages
 from knell.arming import Armer
 from knell.clock import StoreClock
 from knell.errors import (
-    BrokerUnavailable,
     InvalidClaims,
-    InvalidRevocation,
     InvalidSettings,
+    KeyRevoked,
     SessionEnded,
     SessionRevoked,
     StoreUnavailable,
     Unavailable,
     UnknownService,
 )
-from knell.keys import NOTICE_TYPE, OWN_TYPES, SigningKey, notice_key
-from knell.minting import merged_claims, new_claims, read_foreign, refreshed_claims
-from knell.notices import Notice, NoticeBatch, describe
+from knell.keys import OWN_TYPES, SigningKey, notice_key
+from knell.minting import check_foreign, new_claims, read_foreign, refreshed_claims
 from knell.publisher import Publisher
-from knell.revocations import Revocation, Scope, make_revocation, revocation_of_refreshed
+from knell.results import Issued, Recorded, Revoked, Tracking, Undone, pauses
+from knell.revocations import Revocation, Scope, check_entity, claims_of, make_revocation, revocation_of_refreshed
+from knell.revoking import Revoker, check_actor
 from knell.settings import Rules, Settings
-from knell.store import Detached, ServiceStatus, Store, Tracked, open_store
-from knell.tokens import TokenRef
+from knell.store import ServiceStatus, Store, Tracked, open_store
+from knell.tokens import ClaimValue, TokenRef
 
-# How long a call waits for the broker's confirm before it answers "not yet". The store's own time-out comes before it.
-BROKER_SECONDS = 2.0
 # track_many hands the store this many at a time.
 PAGE = 1000
 
-Recorded = Literal["store", "queued", "nowhere"]
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True)
-class Issued:
-    """A token that was minted.
-
-    Attributes:
-        token: the JWT, in compact form. Knell keeps no copy.
-        ref: what Knell keeps of it.
-        recorded: "store": its end will be told. "queued": the store was away, the broker has the command. "nowhere":
-            both were away, and the policy is to allow; its end will be told to nobody.
-    """
-
-    token: str = field(repr=False)
-    ref: TokenRef
-    recorded: Recorded
-
-
-@dataclass(frozen=True, slots=True)
-class Tracking:
-    """A token that somebody else minted, tracked.
-
-    Attributes:
-        ref: what Knell keeps of it.
-        recorded: as of Issued; None if it was refused.
-        refused: SessionRevoked, if it or its session is on the denylist; `track` raises it, `track_many` returns it.
-    """
-
-    ref: TokenRef
-    recorded: Recorded | None
-    refused: SessionRevoked | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Revoked:
-    """What became of a revocation.
-
-    Attributes:
-        revocation: what is on the denylist, or will be.
-        recorded: "store": verifiers refuse from now on. "queued": the store was away, the broker has the command.
-        published: True if the broker has confirmed the notice. If not, the sweep sends it: it is in the notice log.
-        created: False if the same idempotency key was used before; the first revocation counts.
-        services: how far each service is; empty when queued.
-    """
-
-    revocation: Revocation
-    recorded: Literal["store", "queued"]
-    published: bool
-    created: bool
-    services: Mapping[str, ServiceStatus] = field(default_factory=dict)
-
-    @property
-    def id(self) -> str:
-        """The revocation's id: `knell status` asks by it."""
-        return self.revocation.id
-
-    def pending(self, services: Iterable[str]) -> list[str]:
-        """Which of these services have not answered yet: neither done nor parked."""
-        states = {name: self.services[name].state for name in services if name in self.services}
-        return [name for name, state in states.items() if state in ("waiting", "retrying")]
 
 
 class Issuer:
@@ -150,7 +87,6 @@ class Issuer:
         self._key = _load(key, algorithm, kid)
         self._foreign_keys = dict(foreign_keys or {})
         self._allow = when_unavailable == "allow"
-        self._notice_key = _notice_key(notice_key, self._key, self._settings)
         self._own_store = store is None
         self._own_publisher = publisher is None
         self._store = store or open_store(
@@ -162,6 +98,8 @@ class Issuer:
         self._publisher = publisher or Publisher(self._settings)
         self._clock = StoreClock(self._store, clock)
         self._armer = Armer(self._store, self._publisher, self._clock)
+        signs = _notice_key(notice_key, self._key, self._settings)
+        self._revoker = Revoker(self._store, self._publisher, self._clock, self._settings, iss, signs)
 
     # ---- tokens
 
@@ -242,14 +180,15 @@ class Issuer:
             Unavailable: as `track`; those before it in the list may be tracked, repeating the call is harmless.
         """
         now, away = self._clock.read()
-        return self._track([self._foreign_ref(token, now) for token in tokens], away=away)
+        found = [self._foreign(token, now) for token in tokens]
+        return self._track([ref for ref, _ in found], [claims for _, claims in found], away=away)
 
     # ---- revocations
 
     def revoke(
         self,
         scope: str,
-        match: Mapping[str, str],
+        match: Mapping[str, ClaimValue],
         *,
         reason: str | None = None,
         initiating_entity: str = "admin",
@@ -257,20 +196,30 @@ class Issuer:
         exp: float | None = None,
         iss: str | None = None,
         idempotency_key: str | None = None,
+        actor: str | None = None,
+        confirm: str | None = None,
+        dry_run: bool = False,
         wait_for: Sequence[str] = (),
         timeout_seconds: float = 5.0,
     ) -> Revoked:
-        """Refuse a token, a session, or all of a subject's sessions that have begun, and tell every service.
+        """Refuse a token, a session, or all sessions of one kind that have begun, and tell every service.
 
         Args:
-            scope: "token", "session" or "subject".
-            match: {"jti": ...}, {"sid": ...} or {"sub": ...}.
+            scope: "token", "session", "subject", "client", "key", "claims" or "issuer".
+            match: {"jti": ...}, {"sid": ...}, {"sub": ...}, {"client_id": ...}, {"kid": ...}, {"iss": ...}; of scope
+                claims one to eight claims, all of which a token must have, for example {"tenant": "acme"}.
             reason: why; shown to whoever is refused.
             initiating_entity: "admin", "user", "policy" or "system".
-            issued_before: the cut-off of a subject, Unix seconds; default now.
+            issued_before: the cut-off of a subject, client, claims or issuer, Unix seconds; default now.
             exp: a token's exp, if the caller knows it and Knell does not track it: its entry can leave early.
             iss: the issuer of the match; default this issuer's own.
             idempotency_key: the revocation's id; the same key twice is one revocation.
+            actor: who asks for it, for the audit log; at most 256 bytes.
+            confirm: of a client, a key, claims or an issuer: its name once more (of claims "name=value,name=value", in
+                the order of names). Needed if more sessions would end than KNELL_CONFIRM_SESSIONS, or nobody knows how
+                many; with it nothing is counted first.
+            dry_run: change nothing, and say how many live tokens and sessions it would end. May take a minute or two:
+                every token that is tracked is looked at.
             wait_for: wait until these services have said that they are done with it (or have parked it).
             timeout_seconds: for how long.
 
@@ -278,7 +227,8 @@ class Issuer:
             What was recorded. That a service in `wait_for` did not answer in time is no error: see `services`.
 
         Raises:
-            InvalidRevocation: it cannot be recorded; nothing was changed.
+            InvalidRevocation: it cannot be recorded, or names the key that signs notices here; nothing was changed.
+            ConfirmationNeeded: see `confirm`; nothing was changed.
             UnknownService: `wait_for` names a service that is not registered; nothing was changed.
             Unavailable: nothing was recorded.
         """
@@ -291,6 +241,9 @@ class Issuer:
             exp=exp,
             iss=iss,
             idempotency_key=idempotency_key,
+            actor=actor,
+            confirm=confirm,
+            dry_run=dry_run,
             wait_for=wait_for,
         )
         deadline = time.monotonic() + timeout_seconds
@@ -305,7 +258,7 @@ class Issuer:
     def _record(
         self,
         scope: str,
-        match: Mapping[str, str],
+        match: Mapping[str, ClaimValue],
         *,
         reason: str | None = None,
         initiating_entity: str = "admin",
@@ -313,6 +266,9 @@ class Issuer:
         exp: float | None = None,
         iss: str | None = None,
         idempotency_key: str | None = None,
+        actor: str | None = None,
+        confirm: str | None = None,
+        dry_run: bool = False,
         wait_for: Sequence[str] = (),
     ) -> Revoked:
         """`revoke`, up to where it would begin to wait for services; those of `wait_for` are only checked."""
@@ -330,14 +286,49 @@ class Issuer:
             reason=reason,
             initiating_entity=initiating_entity,
         )
-        _ = self._signer  # without a key to sign the notice nothing may be changed
-        if away is not None:
-            return self._queue_revocation(revocation, away)
+        if dry_run:
+            return self._dry_run(revocation)
+        check_actor(actor)
+        _ = self._revoker.signing_key  # without a key to sign the notice nothing may be changed
         try:
+            if away is not None:
+                raise away
             self._check_services(wait_for)
-            return self._revoke(revocation)
+            counted = self._revoker.check(revocation, confirm=confirm)
+            return self._revoker.record(revocation, actor=actor, counted=counted)
         except StoreUnavailable as error:
-            return self._queue_revocation(revocation, error)
+            self._revoker.check_unseen(revocation, confirm=confirm)
+            return self._revoker.queue(revocation, error, actor=actor)
+
+    def _dry_run(self, revocation: Revocation) -> Revoked:
+        counted = self._revoker.count(revocation)
+        tokens, sessions = (None, None) if counted is None else (counted.tokens, counted.sessions)
+        return Revoked(revocation, "dry_run", published=False, created=False, tokens=tokens, sessions=sessions)
+
+    def undo(
+        self,
+        revocation_id: str,
+        *,
+        reason: str | None = None,
+        initiating_entity: str = "admin",
+        actor: str | None = None,
+    ) -> Undone:
+        """Take a revocation back: what it alone refused is accepted again, and who has not applied it yet does not.
+
+        Sessions that services have ended stay ended. Undoing again is without effect.
+
+        Args:
+            revocation_id: as `revoke` has answered it.
+            reason: why; services are told.
+            initiating_entity: "admin", "user", "policy" or "system".
+            actor: who asks for it, for the audit log; at most 256 bytes.
+
+        Raises:
+            InvalidRevocation: no such revocation is on the denylist: unknown, or expired. Nothing was changed.
+            StoreUnavailable: nothing is known to have been changed; call it again.
+        """
+        entity = check_entity(initiating_entity)
+        return self._revoker.undo(revocation_id, reason=reason, initiating_entity=entity, actor=check_actor(actor))
 
     def _look(self, revoked: Revoked) -> Revoked:
         """The same revocation, with how far each service is by now; as it was, if the store does not answer."""
@@ -386,12 +377,14 @@ class Issuer:
         key = self._key
         if str((headers or {}).get("typ", "")).lower().removeprefix("application/").startswith(OWN_TYPES):
             raise InvalidClaims("the header's typ is that of Knell's own messages, which no token may pass for")
-        ref = TokenRef.from_claims(claims, kid=key.kid)
+        ref = TokenRef.from_claims(claims, kid=key.kid, tracked=self._rules.tracked_claims)
         try:
             token = jwt.encode(claims, key.key, algorithm=key.algorithm, headers={**(headers or {}), "kid": key.kid})
         except (TypeError, ValueError) as error:
             raise InvalidClaims(f"the claims cannot be written as JSON: {error}") from None
-        tracking = self._track([ref], away=away, continuing=continuing, reopen=reopen, predecessor=predecessor)[0]
+        [tracking] = self._track(
+            [ref], [claims], away=away, continuing=continuing, reopen=reopen, predecessor=predecessor
+        )
         if tracking.refused is not None:
             raise tracking.refused
         assert tracking.recorded is not None
@@ -401,18 +394,21 @@ class Issuer:
         own = {} if self._key is None else {self.iss: (self._key.verifying_key, self._key.algorithm)}
         return read_foreign(token, own | self._foreign_keys)
 
-    def _foreign_ref(self, token: str | Mapping[str, Any] | TokenRef, now: float) -> TokenRef:
+    def _foreign(self, token: str | Mapping[str, Any] | TokenRef, now: float) -> tuple[TokenRef, Mapping[str, Any]]:
+        """What is kept of a token, and the claims set that it is judged by."""
         if isinstance(token, TokenRef):
-            claims: Mapping[str, Any] = token.as_json()
-        elif isinstance(token, str):
-            claims = self._read(token)
+            ref = TokenRef.from_json(token.as_json())
+            claims: Mapping[str, Any] = claims_of(ref)
         else:
-            claims = token
-        return merged_claims(claims, now=now, rules=self._rules)
+            claims = self._read(token) if isinstance(token, str) else token
+            ref = TokenRef.from_claims(claims, tracked=self._rules.tracked_claims)
+        check_foreign(ref, now=now, rules=self._rules)
+        return ref, claims
 
     def _track(
         self,
         refs: Sequence[TokenRef],
+        claims: Sequence[Mapping[str, Any]],
         *,
         away: StoreUnavailable | None,
         continuing: bool = False,
@@ -423,19 +419,21 @@ class Issuer:
         found: list[Tracking] = []
         while away is None and len(found) < len(refs):
             try:
-                page = refs[len(found) :][:PAGE]
-                tracked = self._store.track(page, continuing=continuing, reopen=reopen, predecessor=predecessor)
+                page, known = refs[len(found) :][:PAGE], claims[len(found) :][:PAGE]
+                tracked = self._store.track(
+                    page, continuing=continuing, reopen=reopen, predecessor=predecessor, claims=known
+                )
             except StoreUnavailable as error:
                 away = error
             else:
                 self._armer.arm(second for each in tracked for second in each.must_arm)
-                found += [self._tracking(each, predecessor) for each in tracked]
+                found += [self._tracking(*each, predecessor) for each in zip(tracked, known, strict=True)]
         if away is not None and (left := refs[len(found) :]):
             recorded = self._queue_tracking(left, away)
             found += [Tracking(ref, recorded) for ref in left]
         return found
 
-    def _tracking(self, tracked: Tracked, predecessor: str | None) -> Tracking:
+    def _tracking(self, tracked: Tracked, claims: Mapping[str, Any], predecessor: str | None) -> Tracking:
         if tracked.session_ended:
             assert tracked.ref.sid is not None
             raise SessionEnded(tracked.ref.iss, tracked.ref.sid)
@@ -443,58 +441,11 @@ class Issuer:
         if denied is None:
             return Tracking(tracked.ref, "store")
         of_predecessor = denied.scope is Scope.TOKEN and denied.value == predecessor
-        if not denied.refuses(tracked.ref) and not of_predecessor:
+        if not denied.refuses(tracked.ref, claims=claims) and not of_predecessor:
             # Only the store knows how old its session is; verifiers see a fresh token, so it is revoked by name.
-            self._revoke(revocation_of_refreshed(tracked.ref, denied, now=self._clock.now(), rules=self._rules))
-        return Tracking(tracked.ref, None, SessionRevoked(denied.id, denied.reason))
-
-    def _revoke(self, revocation: Revocation) -> Revoked:
-        ref: TokenRef | None = None
-        if revocation.scope is Scope.TOKEN:
-            detached = self._store.detach(revocation.iss, revocation.value, revocation_id=revocation.id)
-            ref = detached.ref
-            revocation = with_what_is_known(revocation, detached, self._rules.leeway_seconds)
-        notice, jws = self._sign(revocation, ref)
-        recorded = self._store.revoke(revocation, batch_id=notice.batch_id, jws=jws)
-        if not recorded.created:
-            revocation = first_of_that_id(self._store, revocation)
-        published = recorded.created and self._publish([messages.notice(jws, shown=describe([notice]))])
-        if not published:
-            # Of one that was recorded before as well: whoever did may have been killed before it was sent.
-            self._send_soon(notice.batch_id)
-        waiting = {name: ServiceStatus("waiting", None) for name in recorded.services}
-        return Revoked(revocation, "store", published, recorded.created, waiting)
-
-    def _sign(self, revocation: Revocation, ref: TokenRef | None) -> tuple[Notice, str]:
-        notice = Notice.of_revocation(revocation, ref)
-        now = self._clock.now()
-        batch = NoticeBatch(
-            id=notice.batch_id, entries=(notice,), issued_at=now, expires_at=now + self._rules.retention_seconds
-        )
-        payload = batch.as_payload(signer=self.iss, audience=self._settings.audience)
-        return notice, self._signer.sign(payload, typ=NOTICE_TYPE)
-
-    @property
-    def _signer(self) -> SigningKey:
-        if self._notice_key is None:
-            raise InvalidSettings(
-                "no key signs notices: a symmetric token key must not; set KNELL_NOTICE_KEY to an EdDSA key in PEM"
-            )
-        return self._notice_key
-
-    def _publish(self, sent: Sequence[messages.Message]) -> bool:
-        try:
-            self._publisher.send(sent).result(BROKER_SECONDS)
-        except (BrokerUnavailable, TimeoutError) as error:
-            log.warning("broker_unavailable", error=str(error))
-            return False
-        return True
-
-    def _send_soon(self, batch_id: str) -> None:
-        try:
-            self._store.resend_at([batch_id], 0)
-        except StoreUnavailable as error:
-            log.warning("notice_waits_for_its_first_resend", batch_id=batch_id, error=str(error))
+            self._revoker.record(revocation_of_refreshed(tracked.ref, denied, now=self._clock.now(), rules=self._rules))
+        refused = KeyRevoked if denied.scope is Scope.KEY else SessionRevoked
+        return Tracking(tracked.ref, None, refused(denied.id, denied.reason))
 
     def _check_services(self, wait_for: Sequence[str]) -> None:
         if not wait_for:
@@ -507,11 +458,11 @@ class Issuer:
             )
 
     def _queue_tracking(self, refs: Sequence[TokenRef], error: StoreUnavailable) -> Recorded:
-        if self._notice_key is None:
+        if self._revoker.key is None:
             why = (
                 f"the store does not answer ({error}), and no key signs a command for the broker: set KNELL_NOTICE_KEY"
             )
-        elif self._publish(self._track_commands(refs, self._notice_key)):
+        elif self._revoker.publish(self._track_commands(refs, self._revoker.key)):
             return "queued"
         else:
             why = f"neither the store ({error}) nor the broker answers"
@@ -530,54 +481,6 @@ class Issuer:
             )
             for page in pages
         ]
-
-    def _queue_revocation(self, revocation: Revocation, error: StoreUnavailable) -> Revoked:
-        notices = {commands.ends_key(revocation.ends): self._sign(revocation, None)[1]}
-        if revocation.scope is Scope.TOKEN:
-            both = replace(revocation, ends=frozenset({"token", "session"}))
-            notices[commands.ends_key(both.ends)] = self._sign(both, None)[1]
-        jws = commands.sign_revoke(
-            revocation,
-            notices,
-            key=self._signer,
-            signer=self.iss,
-            audience=self._settings.audience,
-            now=self._clock.now(),
-        )
-        if not self._publish([messages.revoke_command(jws, shown=describe([Notice.of_revocation(revocation)]))]):
-            raise Unavailable(f"neither the store ({error}) nor the broker answers; nothing was revoked") from None
-        return Revoked(revocation, "queued", published=True, created=True)
-
-
-def pauses() -> Iterator[float]:
-    """How long to wait between two looks at a revocation, in seconds: 5 ms at first, 100 ms at last."""
-    pause = 0.005
-    while True:
-        yield pause
-        pause = min(pause * 1.5, 0.1)
-
-
-def first_of_that_id(store: Store, revocation: Revocation) -> Revocation:
-    """The revocation that was recorded under this one's id before it, and counts. Takes a detach for this one back."""
-    first = store.revocation(revocation.id)
-    if first is None:
-        return revocation
-    if first.iss != revocation.iss:
-        # The caller thinks that it has revoked; another issuer's key must not silence it.
-        if revocation.scope is Scope.TOKEN:
-            store.attach(revocation.iss, revocation.value, revocation_id=revocation.id)
-        raise InvalidRevocation("the idempotency key was used by another issuer; choose another, nothing was revoked")
-    same = (first.scope, first.iss, first.value) == (revocation.scope, revocation.iss, revocation.value)
-    if revocation.scope is Scope.TOKEN and not same:
-        store.attach(revocation.iss, revocation.value, revocation_id=revocation.id)
-    return first
-
-
-def with_what_is_known(revocation: Revocation, detached: Detached, leeway_seconds: float) -> Revocation:
-    """A token's revocation once the store has told what hangs on the token: its exp, and whether its session ends."""
-    ends = frozenset({"token", "session"}) if detached.ends_session else revocation.ends
-    expires_at = revocation.expires_at if detached.ref is None else detached.ref.exp + leeway_seconds
-    return replace(revocation, ends=ends, expires_at=expires_at)
 
 
 def _load(key: SigningKey | str | bytes | None, algorithm: str | None, kid: str | None) -> SigningKey | None:

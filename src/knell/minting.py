@@ -63,9 +63,8 @@ def refreshed_claims(
     return new_claims({**kept, **(changes or {})}, iss=iss, now=now, ttl_seconds=ttl_seconds, rules=rules)
 
 
-def merged_claims(claims: Mapping[str, Any], *, now: float, rules: Rules) -> TokenRef:
-    """A token that somebody else minted, checked against the rules; InvalidClaims if it cannot be tracked."""
-    ref = TokenRef.from_claims(claims)
+def check_foreign(ref: TokenRef, *, now: float, rules: Rules) -> None:
+    """Check a token that somebody else minted against the rules; InvalidClaims if it cannot be tracked."""
     if ref.exp <= now:
         raise InvalidClaims(
             f"'exp' is {ref.exp:.0f}: the token ended {now - ref.exp:.0f} s ago; track it while it lives"
@@ -77,7 +76,6 @@ def merged_claims(claims: Mapping[str, Any], *, now: float, rules: Rules) -> Tok
             "(KNELL_MAX_TOKEN_SECONDS)"
         )
     _check_age(ref, now, rules)
-    return ref
 
 
 def read_foreign(token: str, keys: Mapping[str, tuple[Any, str]]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -83,6 +84,17 @@ class Notice:
     def id(self) -> str:
         """Names this notice, the same in every copy of it: a handler may use it as an idempotency key."""
         return f"{self.batch_id}.{self.n}"
+
+    @property
+    def dedupe_id(self) -> str:
+        """What a service remembers the batch of this notice as.
+
+        Of a revocation it has the issuer in it: with another issuer's id, known or guessed, nobody marks as done, or
+        takes back, anything but their own. All other batches are the notifier's.
+        """
+        if not is_of_revocation(self.batch_id):
+            return self.batch_id
+        return f"{self.batch_id} {hashlib.sha256(self.iss.encode()).hexdigest()[:16]}"
 
     def matches(self, session: TokenRef) -> bool:
         """Whether a session that a service keeps is ended by this notice.
@@ -267,6 +279,11 @@ def batch_id_of_revocation(revocation_id: str) -> str:
 def batch_id_of_undo(revocation_id: str) -> str:
     """The id of the notice-log record that tells that a revocation was undone."""
     return f"u-{revocation_id}"
+
+
+def is_of_revocation(batch_id: str) -> bool:
+    """Whether a batch is that of a revocation, or of its undo: an issuer signs it, and it has one entry."""
+    return batch_id.startswith(("r-", "u-"))
 
 
 def new_batch_id(kind: str, partition: int = 0) -> str:

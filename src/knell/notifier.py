@@ -27,13 +27,13 @@ from knell.errors import (
     Unavailable,
 )
 from knell.follower import Follower
-from knell.issuer import first_of_that_id, with_what_is_known
 from knell.keys import NOTICE_TYPE, NOTIFIER, SigningKey, notice_key
 from knell.notices import Cause, Notice, NoticeBatch, describe
 from knell.publisher import Publisher, connect, queue_depth
 from knell.revocations import Revocation, Scope, revocation_of_refreshed
+from knell.revoking import first_of_that_id, with_what_is_known
 from knell.settings import Settings
-from knell.store import Claim, Claimed, OpenNotice, Pruned, Store, open_store
+from knell.store import AuditEntry, Claim, Claimed, OpenNotice, Pruned, Store, open_store
 from knell.tokens import TokenRef
 from knell.topology import service_queue
 from knell.trust import Trust, TrustFile
@@ -337,7 +337,7 @@ class Notifier:
 
     def _written(self, notice: OpenNotice) -> tuple[str | None, str]:
         if notice.kind == "revocation":
-            return notice.jws, "revoked (sent again)"
+            return notice.jws, "revoked or undone (sent again)"
         if notice.kind == "missed":
             since = notice.since if notice.since is not None else notice.created_at
             return self._sign(notice.batch_id, [_missed_notice(notice.batch_id, since)]), "missed notices"
@@ -376,6 +376,8 @@ class Notifier:
         """
         command = self._commands.revoke(jws)
         revocation = command.revocation
+        if revocation.scope is Scope.KEY and revocation.value == self._key.kid:
+            raise MessageRefused("the command revokes the key that the notifier signs with; let it have another first")
         ref: TokenRef | None = None
         if revocation.scope is Scope.TOKEN:
             detached = self.store.detach(revocation.iss, revocation.value, revocation_id=revocation.id)
@@ -387,16 +389,17 @@ class Notifier:
             jws = self._sign(notice.batch_id, [notice])
         else:
             jws = command.notices.get(ends_key(revocation.ends)) or next(iter(command.notices.values()))
-        return self._record(revocation, notice, jws)
+        return self._record(revocation, notice, jws, actor=command.actor)
 
-    def _record(self, revocation: Revocation, notice: Notice, jws: str) -> bool:
-        recorded = self.store.revoke(revocation, batch_id=notice.batch_id, jws=jws)
+    def _record(self, revocation: Revocation, notice: Notice, jws: str, *, actor: str | None = None) -> bool:
+        audit = AuditEntry.of_revocation(revocation, actor=actor, counts={})
+        recorded = self.store.revoke(revocation, batch_id=notice.batch_id, jws=jws, audit=audit)
         if recorded.created:
             future = self.publisher.send([messages.notice(jws, shown=describe([notice]))])
             self._confirm([(notice.batch_id, future)])
         else:
             try:
-                first_of_that_id(self.store, revocation)
+                first_of_that_id(self.store, revocation, undone=recorded.undone)
             except InvalidRevocation as error:
                 raise MessageRefused(str(error)) from None
             # Whoever recorded it may have been killed before it was sent.

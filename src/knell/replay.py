@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jwt
 
@@ -12,7 +12,7 @@ from knell.errors import BrokerUnavailable, MessageRefused
 from knell.messages import Message
 from knell.notices import NoticeBatch
 from knell.publisher import Publisher
-from knell.store import Parked, Store
+from knell.store import AuditEntry, Parked, Store
 
 # The store hands out parked entries this many at a time.
 PAGE = 500
@@ -94,8 +94,11 @@ def plan(parked: Sequence[Parked], *, services: Collection[str], now: float) -> 
     return Plan(replays, refused)
 
 
-def send(replays: Sequence[Replay], *, store: Store, publisher: Publisher) -> int:
-    """Send each message, wait for its confirm, and only then take its entries off the list.
+def send(replays: Sequence[Replay], *, store: Store, publisher: Publisher, actor: str | None = None) -> int:
+    """Send each message, wait for its confirm, and only then take its entries off the list. The audit log says so.
+
+    Args:
+        actor: who asks for it.
 
     Returns:
         How many entries were sent.
@@ -104,6 +107,9 @@ def send(replays: Sequence[Replay], *, store: Store, publisher: Publisher) -> in
         BrokerUnavailable: one was not confirmed; it and those after it are still parked.
     """
     sent = 0
+    # Written first, and then with what became of it: what was sent must not go unsaid.
+    audit = AuditEntry(at=store.time(), action="replayed", actor=actor, what={"services": _services(replays)})
+    store.note(audit)
     for each in replays:
         try:
             publisher.send([each.message]).result(CONFIRM_SECONDS)
@@ -115,7 +121,13 @@ def send(replays: Sequence[Replay], *, store: Store, publisher: Publisher) -> in
         # At once: a service that gives up again parks the entry anew, and that one must stay.
         store.unpark(each.ids)
         sent += len(each.ids)
+        store.note(replace(audit, counts={"entries": sent}))
     return sent
+
+
+def _services(replays: Sequence[Replay]) -> list[str]:
+    """The services whose entries are replayed, by the entries' ids; of commands their queue."""
+    return sorted({each.ids[0].partition("/")[0] if "/" in each.ids[0] else topology.COMMANDS for each in replays})
 
 
 def read_batch(jws: str) -> NoticeBatch:

@@ -291,11 +291,7 @@ def make_revocation(
             )
     if exp is not None and known is not Scope.TOKEN:
         raise InvalidRevocation(f"exp is a token's end, and scope {known} names more than a token; leave it out")
-    try:
-        entity = InitiatingEntity(initiating_entity)
-    except ValueError:
-        allowed = ", ".join(InitiatingEntity)
-        raise InvalidRevocation(f"unknown initiating_entity {initiating_entity!r}; use one of {allowed}") from None
+    entity = check_entity(initiating_entity)
     if reason is not None:
         check_reason(reason)
     cut_off = (now if issued_before is None else issued_before) if known.has_cut_off else None
@@ -369,6 +365,15 @@ def _check_id(id: object) -> str:
     if (size := len(known.encode())) > MAX_REVOCATION_ID_BYTES:
         raise InvalidRevocation(f"the id is {size} bytes long; the limit is {MAX_REVOCATION_ID_BYTES}")
     return known
+
+
+def check_entity(initiating_entity: str) -> InitiatingEntity:
+    """Who asked for something; InvalidRevocation if it is none of the known."""
+    try:
+        return InitiatingEntity(initiating_entity)
+    except ValueError:
+        allowed = ", ".join(InitiatingEntity)
+        raise InvalidRevocation(f"unknown initiating_entity {initiating_entity!r}; use one of {allowed}") from None
 
 
 def check_reason(reason: object) -> str:

@@ -14,7 +14,6 @@ should be idempotent; `Notice.id` is the same each time.
 
 from __future__ import annotations
 
-import hashlib
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -35,6 +34,7 @@ from knell.notices import (
     Receipt,
     batch_id_of_revocation,
     entry_numbers,
+    is_of_revocation,
     partition_of_batch,
 )
 from knell.resources import Resources
@@ -203,7 +203,7 @@ class Service:
         if not isinstance(replay, bool):
             raise MessageRefused("replay is neither true nor false")
         errand = Errand(service=self.name, jws=jws, attempt=attempt, root_id=root_id)
-        holder, batch_id, record = _holder(asked), asked[0].batch_id, dedupe_id(asked[0])
+        holder, batch_id, record = _holder(asked), asked[0].batch_id, asked[0].dedupe_id
         marks = Marks(
             self.resources.dedupe,
             self.name,
@@ -296,10 +296,8 @@ class Service:
     def _take_back(self, notice: Notice) -> None:
         """A revocation was undone: its own notice, if it still waits here, is then done without a handler."""
         if notice.revocation_id is not None:
-            batch_id = batch_id_of_revocation(notice.revocation_id)
-            self.resources.dedupe.mark(
-                self.name, dedupe_id(replace(notice, batch_id=batch_id)), holder=uuid4().hex, done=1, lease_seconds=0
-            )
+            record = replace(notice, batch_id=batch_id_of_revocation(notice.revocation_id)).dedupe_id
+            self.resources.dedupe.mark(self.name, record, holder=uuid4().hex, done=1, lease_seconds=0)
 
     # ---- the worker
 
@@ -317,17 +315,6 @@ class Service:
         return f"Service({self.name!r})"
 
 
-def dedupe_id(notice: Notice) -> str:
-    """What a service remembers the batch of a notice as.
-
-    Of a revocation it has the issuer in it: with another issuer's id, known or guessed, nobody marks as done, or takes
-    back, anything but their own. All other batches are the notifier's (see `Service.handle`).
-    """
-    if not _of_revocation(notice.batch_id):
-        return notice.batch_id
-    return f"{notice.batch_id} {hashlib.sha256(notice.iss.encode()).hexdigest()[:16]}"
-
-
 def _holder(asked: Sequence[Notice]) -> str:
     """Names a run for its lease. It also tells, should the process die, which entries it was working on."""
     return f"{uuid4().hex}-{sum(1 << notice.n for notice in asked):x}"
@@ -337,19 +324,15 @@ def _worked_on(holder: str) -> int:
     return int(holder.rpartition("-")[2] or "0", 16)
 
 
-def _of_revocation(batch_id: str) -> bool:
-    return batch_id.startswith(batch_id_of_revocation(""))
-
-
 def _check_name(batch: NoticeBatch, key: TrustedKey) -> None:
     """MessageRefused if a batch is named as one that its signer cannot have made."""
     partition_of_batch(batch.id)
-    if not _of_revocation(batch.id):
+    if not is_of_revocation(batch.id):
         # Records of expiries are the notifier's, over all issuers; of its causes, `missed` is nobody else's.
         if not key.may_tell("", Cause.MISSED):
             raise MessageRefused(f"key {key.kid[:64]!r} is not the notifier's, and may name no batch {batch.id[:64]!r}")
     elif len(batch.entries) != 1:
-        raise MessageRefused("the notice of a revocation has more than one entry")
+        raise MessageRefused("the notice of a revocation, or of an undo, has more than one entry")
 
 
 def _given_since(handler: Callable[[float], Any]) -> Callable[[Notice], Any]:

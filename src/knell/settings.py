@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ _REDIS_OPTIONS = (
 _HEARTBEAT = re.compile(r"[0-9]{1,4}")
 # What a Redis Cluster has.
 _SLOTS = 16_384
+# A claim's name; a URL is one too (OpenID Connect Core 1.0, section 5.1.2).
+_CLAIM = re.compile(r"[^\s,\x00-\x1f\x7f]{1,256}")
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 
 
@@ -44,6 +46,9 @@ class Rules:
             the token is the session.
         retention_seconds: how long notices, receipts, parked entries and dedupe records are kept. Default 7 days.
         log_max_bytes: how large the open part of the notice log may grow. Default 1 GiB.
+        audit_seconds: how long the audit log keeps an entry. Default 400 days.
+        tracked_claims: claims that are kept with every token, so that the store knows whom a revocation by claims ends.
+            They may be personal data: none by default.
     """
 
     max_token_seconds: float = 86_400.0
@@ -52,9 +57,15 @@ class Rules:
     session_grace_seconds: float = 0.0
     retention_seconds: float = 7 * 86_400.0
     log_max_bytes: int = 2**30
+    audit_seconds: float = 400 * 86_400.0
+    tracked_claims: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("max_token_seconds", "max_session_seconds", "retention_seconds", "log_max_bytes"):
+        if isinstance(self.tracked_claims, str) or not all(_CLAIM.fullmatch(name) for name in self.tracked_claims):
+            raise InvalidSettings(
+                f"KNELL_TRACKED_CLAIMS is {self.tracked_claims!r}; use names of claims with a comma between them"
+            )
+        for name in ("max_token_seconds", "max_session_seconds", "retention_seconds", "log_max_bytes", "audit_seconds"):
             value = getattr(self, name)
             if not 0 < value < _TOO_MUCH:
                 raise InvalidSettings(f"KNELL_{name.upper()} is {value}; it must be a finite number above 0")
@@ -88,8 +99,10 @@ class Settings:
             age tells a health check how it is. KNELL_HEALTH_FILE, default none.
         sweep_interval_seconds: KNELL_SWEEP_INTERVAL_SECONDS, default 10.
         partitions: how many hash slots the tokens are spread over. KNELL_PARTITIONS, default 1.
+        confirm_sessions: a revocation of a client, a key, claims or an issuer that would end more sessions than this
+            has to be confirmed by name. KNELL_CONFIRM_SESSIONS, default 1000.
         rules: KNELL_MAX_TOKEN_SECONDS, KNELL_MAX_SESSION_SECONDS, KNELL_LEEWAY_SECONDS, KNELL_SESSION_GRACE_SECONDS,
-            KNELL_RETENTION_SECONDS, KNELL_LOG_MAX_BYTES.
+            KNELL_RETENTION_SECONDS, KNELL_LOG_MAX_BYTES, KNELL_AUDIT_SECONDS, KNELL_TRACKED_CLAIMS.
     """
 
     namespace: str = "knell"
@@ -104,6 +117,7 @@ class Settings:
     health_file: Path | None = None
     sweep_interval_seconds: float = 10.0
     partitions: int = 1
+    confirm_sessions: int = 1000
     rules: Rules = field(default_factory=Rules)
 
     def __post_init__(self) -> None:
@@ -130,6 +144,8 @@ class Settings:
             raise InvalidSettings(
                 f"KNELL_SWEEP_INTERVAL_SECONDS is {self.sweep_interval_seconds}; use 0.1 or more (10 is usual)"
             )
+        if not 0 <= self.confirm_sessions < _TOO_MUCH:
+            raise InvalidSettings(f"KNELL_CONFIRM_SESSIONS is {self.confirm_sessions}; use 0 or more (1000 is usual)")
         if not 1 <= self.partitions <= _SLOTS:
             raise InvalidSettings(
                 f"KNELL_PARTITIONS is {self.partitions}; use 1, or on a Redis Cluster up to {_SLOTS}, one for each slot"
@@ -161,13 +177,8 @@ class Settings:
         found = {name: value for name, value in source.items() if name.startswith("KNELL_") and value}
         values: dict[str, Any] = {}
         rules: dict[str, Any] = {}
-        for into, names in (
-            (values, {"namespace": str, "home": Path, "broker_url": str, "broker_api_url": str, "store_url": str,
-                      "dedupe_url": str, "trust": Path, "notice_key": Path, "health_file": Path,
-                      "sweep_interval_seconds": float, "partitions": int}),
-            (rules, {"max_token_seconds": float, "max_session_seconds": float, "leeway_seconds": float,
-                     "session_grace_seconds": float, "retention_seconds": float, "log_max_bytes": int}),
-        ):  # fmt: skip
+        names: Mapping[str, Callable[[str], Any]]
+        for into, names in ((values, _VALUES), (rules, _RULES)):
             for name, kind in names.items():
                 variable = f"KNELL_{name.upper()}"
                 if variable in found:
@@ -178,6 +189,37 @@ class Settings:
         settings = cls(**values, rules=Rules(**rules))
         _check_paths(settings)
         return settings
+
+
+def _names_in(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+
+
+# How the text of each variable is read.
+_VALUES: Mapping[str, Callable[[str], Any]] = {
+    "namespace": str,
+    "home": Path,
+    "broker_url": str,
+    "broker_api_url": str,
+    "store_url": str,
+    "dedupe_url": str,
+    "trust": Path,
+    "notice_key": Path,
+    "health_file": Path,
+    "sweep_interval_seconds": float,
+    "partitions": int,
+    "confirm_sessions": int,
+}
+_RULES: Mapping[str, Callable[[str], Any]] = {
+    "max_token_seconds": float,
+    "max_session_seconds": float,
+    "leeway_seconds": float,
+    "session_grace_seconds": float,
+    "retention_seconds": float,
+    "log_max_bytes": int,
+    "audit_seconds": float,
+    "tracked_claims": _names_in,
+}
 
 
 def check_store_url(name: str, url: str) -> None:

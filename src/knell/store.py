@@ -8,13 +8,15 @@ repeating the call is always safe.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
+
+from uuid6 import uuid7
 
 from knell.errors import InvalidSettings
 from knell.notices import Receipt
-from knell.revocations import Revocation
+from knell.revocations import InitiatingEntity, Revocation
 from knell.settings import Rules
 from knell.tokens import TokenRef
 
@@ -172,17 +174,21 @@ class OpenNotice:
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """What `revoke` did.
+    """What `revoke` or `undo` did.
 
     Attributes:
         cursor: its place in the change feed.
-        created: False if the same revocation id was recorded before; nothing changed then.
+        created: False if it was recorded before; nothing changed then.
         services: the services that its notice was recorded for.
+        untold: of an undo, the services that had not closed the revocation's own notice.
+        undone: of a revoke, True if it was recorded before and was undone since: it is not in force.
     """
 
     cursor: Cursor
     created: bool
     services: tuple[str, ...]
+    untold: tuple[str, ...] = ()
+    undone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,12 +196,83 @@ class ServiceStatus:
     """How far one service is with one revocation.
 
     Attributes:
-        state: waiting, retrying, done or parked.
+        state: waiting, retrying, done or parked; undone, if it was undone before this service had applied it.
         at: when it said so, by the store's clock; None while waiting.
     """
 
-    state: Literal["waiting", "retrying", "done", "parked"]
+    state: Literal["waiting", "retrying", "done", "parked", "undone"]
     at: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """How many live tokens, and sessions, a revocation names.
+
+    Attributes:
+        complete: False if the store was not searched to its end: these are at least so many.
+    """
+
+    tokens: int
+    sessions: int
+    complete: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditEntry:
+    """One thing that somebody did.
+
+    Attributes:
+        id: names the entry; a UUIDv7.
+        at: when, Unix seconds.
+        action: revoked, undone or replayed.
+        actor: who: a name that the caller gave; None if none was given.
+        initiating_entity: on whose behalf.
+        reason: why; None if nothing was given.
+        revocation_id: which revocation was made or undone; None for a replay.
+        what: the revocation's scope, iss, match and issued_before, or the service whose entries were replayed.
+        counts: how many "tokens" and "sessions" it named, or "entries" were replayed, as far as that was counted.
+    """
+
+    id: str = field(default_factory=lambda: str(uuid7()))
+    at: float
+    action: Literal["revoked", "undone", "replayed"]
+    actor: str | None = None
+    initiating_entity: InitiatingEntity = InitiatingEntity.ADMIN
+    reason: str | None = None
+    revocation_id: str | None = None
+    what: Mapping[str, Any] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of_revocation(cls, revocation: Revocation, *, actor: str | None, counts: Mapping[str, int]) -> AuditEntry:
+        """That a revocation was made."""
+        return cls(
+            at=revocation.made_at,
+            action="revoked",
+            actor=actor,
+            initiating_entity=revocation.initiating_entity,
+            reason=revocation.reason,
+            revocation_id=revocation.id,
+            what=about(revocation),
+            counts=counts,
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """A JSON object, as stores and `--json` write it."""
+        found = {each.name: getattr(self, each.name) for each in fields(self)}
+        return found | {"what": dict(self.what), "counts": dict(self.counts)}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> AuditEntry:
+        """Read what `as_json` wrote."""
+        known = {each.name: found[each.name] for each in fields(cls) if each.name in found}
+        return cls(**known | {"initiating_entity": InitiatingEntity(found["initiating_entity"])})
+
+
+def about(revocation: Revocation) -> dict[str, Any]:
+    """What an audit entry says of a revocation."""
+    found = {"scope": revocation.scope.value, "iss": revocation.iss, "match": dict(revocation.match)}
+    return found if revocation.issued_before is None else found | {"issued_before": revocation.issued_before}
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,6 +338,7 @@ class Pruned:
     notices: int = 0
     dedupe: int = 0
     parked: int = 0
+    audit: int = 0
     missed: Mapping[str, float] = field(default_factory=dict)
 
     def __add__(self, other: Pruned) -> Pruned:
@@ -271,6 +349,7 @@ class Pruned:
             notices=self.notices + other.notices,
             dedupe=self.dedupe + other.dedupe,
             parked=self.parked + other.parked,
+            audit=self.audit + other.audit,
             missed={
                 name: min(since, self.missed.get(name, since))
                 for name, since in {**self.missed, **other.missed}.items()
@@ -353,10 +432,12 @@ class Store(Feed, Dedupe, Protocol):
         continuing: bool = False,
         reopen: bool = False,
         predecessor: str | None = None,
+        claims: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[Tracked]:
         """Record tokens, each under its expiry second and its session.
 
-        One round trip for all of them; a second one if the denylist has anything on them.
+        One round trip for all of them; a second one if the denylist has anything on them, or has learned of a new set
+        of claims' names since the last call.
 
         - A jti that is tracked already is moved to its new second. One that was detached stays so, with the sid that it
           had: only the token moves, and no session changes.
@@ -367,6 +448,8 @@ class Store(Feed, Dedupe, Protocol):
           and nothing is recorded, unless `reopen`.
         - `predecessor`: the jti, of the same issuer, that a session is carried on from. If that token is revoked, the
           answer is denied, whatever else is true, and nothing is recorded: what was stolen is not refreshed.
+        - `claims`: each token's claims set, in the same order, for revocations by claims: nothing of it is kept.
+          Without it, a token is judged by the claims that are tracked.
         - A token that the denylist refuses (with the session's start) is not recorded, and the answer says which
           revocation it was. If it was tracked before it is taken out, as if it had never been there; unless its
           session's end hangs on its entry, and that revocation tells of the token alone: then it stays as it was.
@@ -426,15 +509,40 @@ class Store(Feed, Dedupe, Protocol):
 
     # ---- revocations
 
-    def revoke(self, revocation: Revocation, *, batch_id: str, jws: str) -> Recorded:
-        """Record a revocation: denylist entry, change-feed entry and notice-log record, in one atomic step.
+    def revoke(self, revocation: Revocation, *, batch_id: str, jws: str, audit: AuditEntry) -> Recorded:
+        """Record a revocation: in denylist, change feed, notice log and audit log, in one atomic step.
 
         The record waits for the services that are registered at that moment. Recording the same id twice is one
         revocation; the first one counts.
         """
 
+    def undo(self, revocation_id: str, *, batch_id: str, jws: str, audit: AuditEntry) -> Recorded | None:
+        """Take a revocation back, in one atomic step: it leaves the denylist, and the change feed says so.
+
+        - The revocation's own notice-log record is closed; the services that had not closed it are undone there, and
+          are in the answer.
+        - The undo's record waits for the services that are registered at that moment.
+        - Undoing again changes nothing, and answers as the first time, with created False.
+
+        Returns:
+            None if the revocation is not on the denylist: unknown, or expired.
+        """
+
+    def undone(self, revocation_id: str) -> bool:
+        """Whether a revocation was taken back. False as well once the record of that has gone, after the retention."""
+
+    def count(self, revocation: Revocation, *, enough: int, within_seconds: float) -> Counted | None:
+        """How many live tokens that are tracked, and sessions of these, a revocation names.
+
+        Looks at every token, a page at a time, where the scope has no index (all but token and session). Stops once it
+        has found more than `enough` sessions, or after `within_seconds`: it has then not looked at all of them.
+
+        Returns:
+            None if it cannot be known: scope claims, by a claim that is not tracked.
+        """
+
     def revocation(self, revocation_id: str) -> Revocation | None:
-        """A revocation whose denylist entry lives, by its id; None once it has expired, pruned or not."""
+        """A revocation whose denylist entry lives, by its id; None once it has expired, pruned or not, or is undone."""
 
     def status(self, revocation_id: str) -> Mapping[str, ServiceStatus] | None:
         """Who has applied a revocation, who has not. None if its record is unknown, or gone after the retention."""
@@ -496,6 +604,18 @@ class Store(Feed, Dedupe, Protocol):
     def unpark(self, ids: Collection[str]) -> int:
         """Remove parked entries. Returns how many there were."""
 
+    # ---- the audit log
+
+    def note(self, entry: AuditEntry) -> None:
+        """Add an entry to the audit log, in place of one with the same id. It is kept for `Rules.audit_seconds`."""
+
+    def audit(self, *, before: tuple[float, str] | None = None, limit: int = 100) -> list[AuditEntry]:
+        """Entries of the audit log, the latest first, at most `limit`.
+
+        Args:
+            before: `at` and `id` of the last entry that was read, to read on from.
+        """
+
     # ---- keeping house
 
     def lease(self, name: str, *, holder: str, seconds: float) -> bool:
@@ -505,7 +625,8 @@ class Store(Feed, Dedupe, Protocol):
         """Remove what has outlived its time; a bounded amount per call (about 1,000 of each kind).
 
         Denylist entries past expires_at; the feed beyond FEED_LENGTH; notice-log records, dedupe records and parked
-        entries past the retention; and, while the open log is larger than log_max_bytes, the oldest expiry records.
+        entries past the retention; audit entries past audit_seconds; and, while the open log is larger than
+        log_max_bytes, the oldest expiry records.
         Services that a removed record still waited for get a "missed" record, and are in the answer.
         """
 

@@ -11,10 +11,10 @@ import pytest
 
 import knell.stores
 from knell.notices import Receipt, batch_id_of_revocation
-from knell.revocations import Revocation, make_revocation
+from knell.revocations import Revocation, Scope, make_revocation
 from knell.settings import Rules
-from knell.store import Claim, Claimed, OpenNotice, Recorded, Store
-from knell.tokens import TokenRef
+from knell.store import AuditEntry, Claim, Claimed, OpenNotice, Recorded, Store
+from knell.tokens import ClaimValue, TokenRef
 
 ISS = "https://issuer.example"
 BEGAN = 1_900_000_000.0
@@ -44,15 +44,20 @@ def token(jti: str = "t1", *, ends_in: float = 60.0, **more: Any) -> TokenRef:
     return TokenRef(**({"iss": ISS, "jti": jti, "exp": BEGAN + ends_in, "iat": BEGAN} | more))
 
 
-def revocation(scope: str, value: str, *, now: float = BEGAN, **more: Any) -> Revocation:
-    """A revocation of ISS, made at `now`."""
-    claim = {"token": "jti", "session": "sid", "subject": "sub"}[scope]
-    return make_revocation(scope, {claim: value}, **({"iss": ISS, "now": now, "rules": Rules()} | more))
+def revocation(scope: str, value: str | dict[str, ClaimValue], *, now: float = BEGAN, **more: Any) -> Revocation:
+    """A revocation of ISS, made at `now`; of scope claims the value is the match."""
+    match = value if isinstance(value, dict) else {str(Scope(scope).claim): value}
+    return make_revocation(scope, match, **({"iss": ISS, "now": now, "rules": Rules()} | more))
+
+
+def noted(made: Revocation) -> AuditEntry:
+    """What the audit log is told of a revocation that nobody in particular has made."""
+    return AuditEntry.of_revocation(made, actor=None, counts={})
 
 
 def record(store: Store, made: Revocation, jws: str = "a.b.c") -> Recorded:
     """Revoke, with the batch id that goes with it."""
-    return store.revoke(made, batch_id=batch_id_of_revocation(made.id), jws=jws)
+    return store.revoke(made, batch_id=batch_id_of_revocation(made.id), jws=jws, audit=noted(made))
 
 
 def claim_all(store: Store, second: int, *, services: Sequence[str] = ("shop",), limit: int = 500) -> list[Claim]:

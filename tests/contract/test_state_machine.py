@@ -19,7 +19,7 @@ from knell.revocations import Revocation
 from knell.settings import Rules
 from knell.store import Claimed, Cursor, OpenNotice, open_store
 from knell.tokens import TokenRef
-from tests.contract.making import ISS, SESSION, Clock, revocation
+from tests.contract.making import ISS, SESSION, Clock, noted, revocation
 
 # Which of the tokens so far a rule is about, the latest being 1; 0 makes a new one.
 ANY = st.sampled_from([0, 0, 1, 2, 3, 4])
@@ -165,7 +165,7 @@ class Callers(RuleBasedStateMachine):
                 self.told[revocation_id, 0] = (Claimed(0, found.ref, ends, None), ends)
 
     def _record(self, made: Revocation) -> None:
-        recorded = self.store.revoke(made, batch_id=batch_id_of_revocation(made.id), jws="x")
+        recorded = self.store.revoke(made, batch_id=batch_id_of_revocation(made.id), jws="x", audit=noted(made))
         assert recorded.created
         self.recorded[made.id] = made
         assert recorded.cursor.position == len(self.recorded)

@@ -20,6 +20,7 @@ from knell.receipts import ReceiptsConsumer
 from knell.revocations import make_revocation
 from knell.settings import Rules
 from knell.store import open_store
+from tests.contract.making import noted
 from tests.deployment import until
 from tests.servers import RabbitServer
 
@@ -66,7 +67,7 @@ def test_it_cannot_stop_the_receipts_of_the_others(admin: Settings, thief: Any) 
     store = open_store(admin.store_url, namespace=admin.namespace, rules=admin.rules)
     store.add_service("shop")
     revocation = make_revocation("session", {"sid": "s"}, iss=ISS, now=time.time(), rules=Rules())
-    store.revoke(revocation, batch_id=Notice.of_revocation(revocation).batch_id, jws="x")
+    store.revoke(revocation, batch_id=Notice.of_revocation(revocation).batch_id, jws="x", audit=noted(revocation))
     thief.basic_publish(amqp.Message(b"{}", content_type=b"\xff\xfe"), topology.RECEIPTS, "receipt.thief")
     consumer = ReceiptsConsumer(admin, store, TrustList([]))
     consumer.start()
@@ -125,7 +126,7 @@ def test_it_cannot_bury_a_notice_in_anothers_name(admin: Settings, thief: Any) -
     notice = Notice.of_revocation(revocation)
     batch = NoticeBatch(id=notice.batch_id, entries=(notice,), issued_at=time.time(), expires_at=time.time() + 600)
     jws = key.sign(batch.as_payload(signer=ISS, audience=admin.audience), typ=NOTICE_TYPE)
-    store.revoke(revocation, batch_id=notice.batch_id, jws=jws)
+    store.revoke(revocation, batch_id=notice.batch_id, jws=jws, audit=noted(revocation))
     with connect(admin) as connection:
         topology.remove_service(connection, "thief")
     died = {"queue": topology.service_queue("shop"), "reason": "rejected", "count": 1}

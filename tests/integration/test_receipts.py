@@ -21,6 +21,7 @@ from knell.receipts import ReceiptsConsumer
 from knell.revocations import Scope, make_revocation
 from knell.settings import Rules
 from knell.store import Store, open_store
+from tests.contract.making import noted
 from tests.deployment import Deployment, make_keys, on_servers, until
 from tests.servers import RabbitServer
 
@@ -47,7 +48,12 @@ class Desk:
             id=self.notice.batch_id, entries=[self.notice], issued_at=time.time(), expires_at=time.time() + 600
         )
         self.jws = self.key.sign(self.batch.as_payload(signer=ISS, audience=settings.audience), typ=NOTICE_TYPE)
-        self.store.revoke(self.revocation, batch_id=self.notice.batch_id, jws=self.jws)
+        self.store.revoke(
+            self.revocation,
+            batch_id=self.notice.batch_id,
+            jws=self.jws,
+            audit=noted(self.revocation),
+        )
         self.consumer = ReceiptsConsumer(settings, self.store, trust)
 
     def put(self, exchange: str, key: str, body: bytes, **headers: Any) -> None:

@@ -23,6 +23,7 @@ from knell.settings import Rules
 from knell.store import Claim, Parked
 from knell.stores.redis import RedisStore
 from knell.tokens import TokenRef
+from tests.contract.making import noted
 from tests.proxy import Proxy
 from tests.servers import RedisServer, free_port, start_redis
 
@@ -92,7 +93,7 @@ def _uuid(source: random.Random) -> str:
 def revoke(store: RedisStore, value: str, *, scope: str = "session", **more: Any) -> None:
     claim = {"token": "jti", "session": "sid", "subject": "sub"}[scope]
     made = make_revocation(scope, {claim: value}, iss=ISS, now=store.time(), rules=store.rules, **more)
-    store.revoke(made, batch_id=batch_id_of_revocation(made.id), jws="a.b.c")
+    store.revoke(made, batch_id=batch_id_of_revocation(made.id), jws="a.b.c", audit=noted(made))
 
 
 def wait_for(condition: Callable[[], bool], *, seconds: float = 20.0) -> None:
@@ -569,7 +570,7 @@ CALLS: dict[str, Callable[[RedisStore], object]] = {
 
 def _revoked(store: RedisStore, id: str) -> object:
     made = make_revocation("session", {"sid": "s9"}, iss=ISS, now=store.time(), rules=store.rules, id=id)
-    recorded = store.revoke(made, batch_id=batch_id_of_revocation(id), jws="a.b.c")
+    recorded = store.revoke(made, batch_id=batch_id_of_revocation(id), jws="a.b.c", audit=noted(made))
     return recorded.created, recorded.services, recorded.cursor.position
 
 

@@ -18,6 +18,7 @@ from knell.revocations import Revocation, make_revocation
 from knell.settings import Settings
 from knell.store import Store, open_store
 from knell.verifier import TokenEnd, Verifier
+from tests.contract.making import noted
 
 ISS = "https://auth.example"
 KEY = SigningKey.generate()
@@ -57,7 +58,7 @@ def _token(jti: str = "j1") -> str:
 
 def _revoke(store: Store, scope: str, match: dict[str, str]) -> Revocation:
     made = make_revocation(scope, match, iss=ISS, now=time.time(), rules=store.rules)
-    store.revoke(made, batch_id=batch_id_of_revocation(made.id), jws="a.b.c")
+    store.revoke(made, batch_id=batch_id_of_revocation(made.id), jws="a.b.c", audit=noted(made))
     return made
 
 

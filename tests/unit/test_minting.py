@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from knell.errors import InvalidClaims
 from knell.keys import SigningKey
-from knell.minting import merged_claims, new_claims, read_foreign, refreshed_claims
+from knell.minting import check_foreign, new_claims, read_foreign, refreshed_claims
 from knell.settings import Rules
 from knell.tokens import TokenRef
 from tests.unit.strategies import json_values
@@ -221,20 +221,21 @@ FOREIGN = {"iss": "https://idp.example", "jti": "t", "exp": NOW + 60, "iat": NOW
 def test_foreign_tokens_that_cannot_be_tracked(change: dict[str, Any], said: str) -> None:
     """A token that has ended, lives too long, or cannot be named is refused before anything is changed."""
     with pytest.raises(InvalidClaims) as caught:
-        merged_claims(FOREIGN | change, now=NOW, rules=RULES)
+        check_foreign(TokenRef.from_claims(FOREIGN | change), now=NOW, rules=RULES)
     assert said in str(caught.value)
 
 
 def test_an_old_login_without_a_session_is_no_matter() -> None:
     """A token of no session may say that its user authenticated long ago."""
-    assert merged_claims(FOREIGN | {"auth_time": 5}, now=NOW, rules=RULES).auth_time == 5
+    check_foreign(TokenRef.from_claims(FOREIGN | {"auth_time": 5}), now=NOW, rules=RULES)
 
 
 @given(st.dictionaries(st.sampled_from(NAMES), json_values, max_size=5))
 def test_only_invalid_claims_comes_out_of_foreign_claims(change: dict[str, Any]) -> None:
     """Whatever somebody else's claims are, the answer is a TokenRef that is alive, or InvalidClaims."""
     try:
-        ref = merged_claims(FOREIGN | change, now=NOW, rules=RULES)
+        ref = TokenRef.from_claims(FOREIGN | change)
+        check_foreign(ref, now=NOW, rules=RULES)
     except InvalidClaims:
         return
     assert NOW < ref.exp <= NOW + RULES.max_token_seconds + 5

@@ -26,7 +26,7 @@ from knell.settings import Rules
 from knell.store import FIRST_RESEND_SECONDS, RETRY_MARGIN_SECONDS, Parked, Store, open_store
 from knell.tokens import TokenRef
 from knell.topology import EXPIRY, NOTICES, RETRY, declare, service_queue
-from tests.contract.making import BEGAN, BOTH, ISS, SESSION, TOKEN, Clock, token
+from tests.contract.making import BEGAN, BOTH, ISS, SESSION, TOKEN, Clock, noted, token
 
 BASE = int(BEGAN)
 
@@ -60,7 +60,7 @@ class World:
         if scope == "token":
             self.store.detach(ISS, match["jti"], revocation_id=revocation.id)
         notice = Notice.of_revocation(revocation)
-        self.store.revoke(revocation, batch_id=notice.batch_id, jws=self.sign(notice))
+        self.store.revoke(revocation, batch_id=notice.batch_id, jws=self.sign(notice), audit=noted(revocation))
         return revocation
 
     def revoke_alone(self, jti: str) -> None:
@@ -447,7 +447,7 @@ def test_a_revocation_is_sent_again_as_it_was_signed(world: World) -> None:
     revocation = make_revocation("session", {"sid": "s1"}, iss=ISS, now=world.clock(), rules=Rules())
     notice = Notice.of_revocation(revocation)
     jws = world.sign(notice)
-    world.store.revoke(revocation, batch_id=notice.batch_id, jws=jws)
+    world.store.revoke(revocation, batch_id=notice.batch_id, jws=jws, audit=noted(revocation))
     world.clock.advance(FIRST_RESEND_SECONDS + 1)
     world.notifier.sweep()
     assert world.sent() == [(jws, None)]
@@ -608,7 +608,7 @@ def test_a_revocation_whose_notifier_was_killed_before_it_sent_is_sent_by_the_ne
         audience=world.settings.audience,
         now=world.clock(),
     )
-    world.store.revoke(revocation, batch_id=notice.batch_id, jws=signed)
+    world.store.revoke(revocation, batch_id=notice.batch_id, jws=signed, audit=noted(revocation))
     assert not world.notifier.revoke(jws)
     assert world.notifier.sweep().resent == 1
     assert world.sent() == [(signed, None)]
@@ -623,7 +623,7 @@ def test_a_refreshed_token_of_a_dead_session_is_revoked_by_name_whatever_the_fir
     world.clock.advance(10)
     revocation = make_revocation("subject", {"sub": "u1"}, iss=ISS, now=world.clock(), rules=Rules(), id="é" * 100)
     notice = Notice.of_revocation(revocation)
-    world.store.revoke(revocation, batch_id=notice.batch_id, jws=world.sign(notice))
+    world.store.revoke(revocation, batch_id=notice.batch_id, jws=world.sign(notice), audit=noted(revocation))
     refreshed = token("t2", sid="s1", sub="u1").replace(iat=BEGAN + 20)
     world.clock.advance(10)
     assert world.notifier.track(sign_track(world, key, refreshed)) == 0

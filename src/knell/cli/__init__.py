@@ -111,9 +111,11 @@ def root(
 app.command(name="doctor", short_help="Check the whole deployment, and say what to do.")(doctor.doctor)
 app.add_typer(topology.app, name="topology")
 app.add_typer(services.app, name="services")
-app.command(name="revoke", short_help="Revoke a token, a session, or all of a subject's sessions.")(revocations.revoke)
+app.command(name="revoke", short_help="Revoke a token, a session, or all sessions of one kind.")(revocations.revoke)
+app.command(name="undo", short_help="Take a revocation back.")(revocations.undo)
 app.command(name="status", short_help="Say which services have applied a revocation.")(revocations.status)
 app.add_typer(parked.app, name="parked")
+app.command(name="audit", short_help="Say who has revoked, undone and replayed what.")(revocations.audit)
 app.add_typer(keys.app, name="keys")
 
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from knell import replay as replaying
 from knell.cli.opened import check_registered, opened_store
 from knell.cli.output import Exit, NotFound, Output, confirm, finish, moment, output_of, printable, table
+from knell.cli.revocations import user
 from knell.errors import InvalidInput, MessageRefused
 from knell.publisher import Publisher
 from knell.settings import Settings
@@ -134,7 +135,7 @@ def _send(settings: Settings, store: Store, replays: Sequence[replaying.Replay])
         return 0
     publisher = Publisher(settings)
     try:
-        return replaying.send(replays, store=store, publisher=publisher)
+        return replaying.send(replays, store=store, publisher=publisher, actor=user())
     finally:
         publisher.close()
 

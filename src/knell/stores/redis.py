@@ -6,15 +6,17 @@ from collections.abc import Callable
 
 from knell.errors import InvalidSettings
 from knell.settings import Rules
+from knell.stores.redis_count import RedisCount
+from knell.stores.redis_denylist import ClaimNames
 from knell.stores.redis_feed import Identity, RedisFeed
-from knell.stores.redis_keeping import RedisDedupe, RedisKeeping, RedisParked
+from knell.stores.redis_keeping import RedisAudit, RedisDedupe, RedisKeeping, RedisParked
 from knell.stores.redis_link import Link
 from knell.stores.redis_tracking import RedisTracking
 
 OLDEST_VERSION = 7
 
 
-class RedisStore(RedisTracking, RedisFeed, RedisKeeping, RedisParked, RedisDedupe):
+class RedisStore(RedisTracking, RedisCount, RedisFeed, RedisKeeping, RedisAudit, RedisParked, RedisDedupe):
     """The whole `knell.store.Store`. Threads may share it, and it survives a fork.
 
     Args:
@@ -49,6 +51,7 @@ class RedisStore(RedisTracking, RedisFeed, RedisKeeping, RedisParked, RedisDedup
         self._partitions = partitions
         self._feed = f"{{{namespace}:feed}}"
         self._identity = Identity()
+        self._claim_names = ClaimNames()
 
     def ping(self) -> str:
         """The server and its version, for example "Redis 7.0.15"."""

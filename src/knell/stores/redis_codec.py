@@ -5,6 +5,7 @@ The scripts read the head of a packed token (see lua/tokens.lua); the rest of it
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import struct
@@ -13,7 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from knell.revocations import Revocation, Scope
-from knell.store import Claimed
+from knell.store import AuditEntry, Claimed
+from knell.stores.denied import names_of
 from knell.tokens import TokenRef
 
 _UUID_JTI, _HAS_SID, _UUID_SID, _HAS_EXP, _HAS_START, _REFUSED, _END_TOLD = 1, 2, 4, 8, 16, 32, 64
@@ -78,7 +80,8 @@ def pack_ref(ref: TokenRef, strings: dict[str, int], *, refused: Revocation | No
     )
     about = b"" if ref.sid is None else _pack_claims((ref.iat,), ref.sub, second=0)
     rest = _pack_claims((ref.exp, ref.iat, ref.auth_time, ref.session_exp), ref.sub, second=ref.second)
-    return head + _item(jti) + _item(sid) + _item(about) + _item(rest)
+    claims = b"" if ref.claims is None else json.dumps(ref.claims, separators=(",", ":")).encode()
+    return head + _item(jti) + _item(sid) + _item(about) + _item(rest) + _item(_item(claims) if claims else b"")
 
 
 def _pack_claims(times: Sequence[float | None], sub: str | None, *, second: int) -> bytes:
@@ -235,7 +238,13 @@ def read_ref(field: bytes, packed: bytes, strings: Mapping[int, str]) -> TokenRe
         kid=string(kid),
         auth_time=auth_time,
         session_exp=session_exp,
+        claims=None if reader.at_end else json.loads(reader.item()),
     )
+
+
+def is_detached(packed: bytes) -> bool:
+    """Whether a token is about to be revoked, from its record."""
+    return packed[0] != 0
 
 
 def read_start(packed: bytes) -> float | None:
@@ -271,10 +280,43 @@ def _read_entry(reader: Reader, strings: Mapping[int, str]) -> Claimed:
     return Claimed(n=n, ref=ref, ends=_ENDS[ends], started=start)
 
 
+_DENY_CODES = {
+    Scope.TOKEN: b"to",
+    Scope.SESSION: b"se",
+    Scope.SUBJECT: b"su",
+    Scope.CLIENT: b"cl",
+    Scope.KEY: b"ke",
+    Scope.ISSUER: b"is",
+}
+
+
 def deny_key(scope: Scope, iss: str, value: str) -> bytes:
-    """Under what the denylist keeps revocations of one thing."""
-    name = iss.encode()
-    return scope.value[:2].encode() + len(name).to_bytes(2) + name + value.encode()
+    """Under what the denylist keeps revocations of one thing; of claims see `deny_key_by_claims`."""
+    return _DENY_CODES[scope] + _item(iss.encode()) + value.encode()
+
+
+def deny_key_by_claims(iss: str, names: Sequence[str], value: str) -> bytes:
+    """Under what the denylist keeps revocations by some claims: the scripts read its head, in which the names stand."""
+    head = _item(iss.encode()) + _item(json.dumps(list(names)).encode())
+    return b"cs" + head + hashlib.blake2b(value.encode(), digest_size=16).digest()
+
+
+def deny_key_of(revocation: Revocation) -> bytes:
+    """The deny key of a revocation."""
+    if revocation.scope is Scope.CLAIMS:
+        return deny_key_by_claims(revocation.iss, names_of(revocation), revocation.value)
+    return deny_key(revocation.scope, revocation.iss, revocation.value)
+
+
+def read_names(field: bytes) -> tuple[str, list[str]]:
+    """An issuer, and the names of claims that revocations of its tokens are by."""
+    reader = Reader(field)
+    return reader.item().decode(), json.loads(reader.item())
+
+
+def pack_audit(entry: AuditEntry) -> tuple[str, str, str]:
+    """An entry of the audit log as the scripts take it: id, when, the entry."""
+    return entry.id, repr(entry.at), json.dumps(entry.as_json(), separators=(",", ":"), ensure_ascii=False)
 
 
 def pack_revocation(revocation: Revocation) -> str:

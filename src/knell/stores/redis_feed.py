@@ -11,11 +11,11 @@ from typing import Any, Literal, cast
 from knell import store as contract
 from knell.denylist import strength
 from knell.errors import StoreUnavailable
-from knell.notices import batch_id_of_revocation
+from knell.notices import batch_id_of_revocation, batch_id_of_undo
 from knell.revocations import Revocation
-from knell.store import Change, Cursor, Recorded, ServiceStatus
+from knell.store import AuditEntry, Change, Cursor, Recorded, ServiceStatus
 from knell.stores.feed import NO_EPOCH, changes_after
-from knell.stores.redis_codec import deny_key, pack_revocation, pairs, read_revocation
+from knell.stores.redis_codec import deny_key_of, pack_audit, pack_revocation, pairs, read_revocation
 from knell.stores.redis_link import BLOCK_SECONDS, Command, script
 from knell.stores.redis_part import RedisPart
 
@@ -54,12 +54,6 @@ class RedisFeed(RedisPart):
 
     _identity: Identity
 
-    def time(self) -> float:
-        if self._clock is not None:
-            return float(self._clock())
-        [(seconds, microseconds)] = self._link.run(("TIME",))
-        return int(seconds) + int(microseconds) / 1_000_000
-
     def head(self) -> Cursor:
         return self._read_feed(None)[0]
 
@@ -80,15 +74,40 @@ class RedisFeed(RedisPart):
             for position, packed in zip(flat[::2], flat[1::2], strict=True)
         ]
 
-    def revoke(self, revocation: Revocation, *, batch_id: str, jws: str) -> Recorded:
-        key = deny_key(revocation.scope, revocation.iss, revocation.value)
+    def revoke(self, revocation: Revocation, *, batch_id: str, jws: str, audit: AuditEntry) -> Recorded:
         stored, position, created, *services = self._call_feed(
             "revoke", self._now, secrets.token_hex(8), revocation.id, pack_revocation(revocation),
-            repr(revocation.expires_at), repr(strength(revocation)), key, batch_id, jws, contract.FIRST_RESEND_SECONDS,
+            repr(revocation.expires_at), repr(strength(revocation)), deny_key_of(revocation), batch_id, jws,
+            contract.FIRST_RESEND_SECONDS, batch_id_of_undo(revocation.id), *pack_audit(audit),
         )  # fmt: skip
-        epoch = f"{stored.decode()}.{self._server_id()}"
-        names = tuple(sorted(name.decode() for name in services))
-        return Recorded(cursor=Cursor(epoch, position, revocation.id), created=bool(created), services=names)
+        return Recorded(
+            cursor=self._cursor(stored, position, revocation.id),
+            created=created == 1,
+            services=_names(services),
+            undone=created == -1,
+        )
+
+    def undo(self, revocation_id: str, *, batch_id: str, jws: str, audit: AuditEntry) -> Recorded | None:
+        answer = self._call_feed(
+            "undo", self._now, revocation_id, batch_id_of_revocation(revocation_id), batch_id, jws,
+            contract.FIRST_RESEND_SECONDS, *pack_audit(audit),
+        )  # fmt: skip
+        if answer is None:
+            return None
+        stored, position, created, count, *names = answer
+        return Recorded(
+            cursor=self._cursor(stored, position, revocation_id),
+            created=bool(created),
+            services=_names(names[:count]),
+            untold=_names(names[count:]),
+        )
+
+    def undone(self, revocation_id: str) -> bool:
+        [found] = self._link.run(("EXISTS", f"{self._feed}:n:{batch_id_of_undo(revocation_id)}"))
+        return bool(found)
+
+    def _cursor(self, stored: bytes, position: int, revocation_id: str) -> Cursor:
+        return Cursor(f"{stored.decode()}.{self._server_id()}", position, revocation_id)
 
     def revocation(self, revocation_id: str) -> Revocation | None:
         answer = self._call_feed("revocation", self._now, revocation_id)
@@ -146,6 +165,10 @@ class RedisFeed(RedisPart):
         return stored.decode()
 
 
+def _names(found: Sequence[bytes]) -> tuple[str, ...]:
+    return tuple(sorted(name.decode() for name in found))
+
+
 def _read_change(entry_id: bytes, flat: Sequence[bytes]) -> Change:
     entry = pairs(flat)
     kind: Literal["revoked", "undone"] = "undone" if entry[b"k"] == b"undone" else "revoked"
@@ -154,4 +177,5 @@ def _read_change(entry_id: bytes, flat: Sequence[bytes]) -> Change:
 
 def _read_status(state: str) -> ServiceStatus:
     name, _, at = state.partition(" ")
-    return ServiceStatus(cast(Literal["waiting", "retrying", "done", "parked"], name), float(at) if at else None)
+    known = cast(Literal["waiting", "retrying", "done", "parked", "undone"], name)
+    return ServiceStatus(known, float(at) if at else None)

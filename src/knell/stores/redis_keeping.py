@@ -9,8 +9,8 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from knell import store as contract
-from knell.store import Begun, Parked, Pruned
-from knell.stores.redis_codec import pack_bitmap, read_bitmap
+from knell.store import AuditEntry, Begun, Parked, Pruned
+from knell.stores.redis_codec import pack_audit, pack_bitmap, read_bitmap
 from knell.stores.redis_link import script
 from knell.stores.redis_log import RedisLog
 from knell.stores.redis_part import CHUNK, RedisPart, chunks
@@ -73,6 +73,17 @@ class RedisParked(RedisPart):
         return sum(self._call_feed("unpark", *some) for some in chunks(ids))
 
 
+class RedisAudit(RedisPart):
+    """The part of the store that keeps who did what."""
+
+    def note(self, entry: AuditEntry) -> None:
+        self._call_feed("note", *pack_audit(entry))
+
+    def audit(self, *, before: tuple[float, str] | None = None, limit: int = 100) -> list[AuditEntry]:
+        at, id = ("", "") if before is None else (repr(float(before[0])), before[1])
+        return [AuditEntry.from_json(json.loads(entry)) for entry in self._call_feed("list_audit", at, id, limit)]
+
+
 class RedisKeeping(RedisLog):
     """The part of the store that keeps house."""
 
@@ -81,13 +92,19 @@ class RedisKeeping(RedisLog):
 
     def prune(self) -> Pruned:
         retention = repr(self.rules.retention_seconds)
-        (revocations, changes), (dedupe, parked) = self._link.run(
+        (revocations, changes), (dedupe, parked, audit) = self._link.run(
             script("prune_feed", self._feed, self._now, contract.FEED_LENGTH, PRUNE_LIMIT),
-            script("prune_kept", self._feed, self._now, retention, PRUNE_LIMIT),
+            script("prune_kept", self._feed, self._now, retention, PRUNE_LIMIT, repr(self.rules.audit_seconds)),
         )
         notices, missed = self._prune_log(retention)
         return Pruned(
-            revocations=revocations, changes=changes, notices=notices, dedupe=dedupe, parked=parked, missed=missed
+            revocations=revocations,
+            changes=changes,
+            notices=notices,
+            dedupe=dedupe,
+            parked=parked,
+            audit=audit,
+            missed=missed,
         )
 
     def _prune_log(self, retention: str) -> tuple[int, dict[str, float]]:

@@ -38,7 +38,11 @@ _PRELUDES = {
     "detach": ("tokens",),
     "attach": ("tokens",),
     "claim": ("tokens", "log"),
-    "revoke": ("log", "feed"),
+    "revoke": ("log", "feed", "audit"),
+    "undo": ("log", "feed", "audit"),
+    "note": ("audit",),
+    "list_audit": (),
+    "live_in_session": ("tokens",),
     "refusals": ("feed",),
     "snapshot": ("feed",),
     "revocation": ("feed",),
@@ -69,7 +73,7 @@ _PRELUDES = {
 # Scripts whose answer tells what this very run did. It is kept for a while: the same call, sent again because its first
 # answer was lost, is then answered as it was.
 _ANSWERED_ONCE = frozenset(
-    {"revoke", "claim", "begin", "add_service", "remove_service", "unpark", "drop", "prune_feed", "prune_kept"}
+    {"revoke", "undo", "claim", "begin", "add_service", "remove_service", "unpark", "drop", "prune_feed", "prune_kept"}
 )
 
 T = TypeVar("T")

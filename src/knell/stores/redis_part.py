@@ -26,6 +26,12 @@ class RedisPart:
     _feed: str
     _namespace: str
 
+    def time(self) -> float:
+        if self._clock is not None:
+            return float(self._clock())
+        [(seconds, microseconds)] = self._link.run(("TIME",))
+        return int(seconds) + int(microseconds) / 1_000_000
+
     @property
     def _now(self) -> str:
         """The `now` argument of a script: "" for the server's own clock."""

@@ -90,6 +90,17 @@ class RedisTokens(RedisPart):
         left = self._link.run(*(("HEXISTS", f"{tag}:x:{key}", name) for tag in self._tags[partition + 1 :]))
         return replace(claim, more=any(left))
 
+    def _starts(
+        self, sessions: Collection[tuple[str, str]], *, also_closed: bool = False
+    ) -> dict[tuple[str, str], float | None]:
+        """The starts of sessions that have an open life, or `also_closed` ones; None where it is not known."""
+        answers = self._link.run(*(self._session_command(*session) for session in sessions))
+        return {
+            session: read_start(start or b"")
+            for session, start in zip(sessions, answers, strict=True)
+            if also_closed or start is not None
+        }
+
     @property
     def _layout(self) -> tuple[int, int]:
         return BUCKETS, self._partitions

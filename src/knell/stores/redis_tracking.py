@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from knell.revocations import Revocation, Scope
+from knell.revocations import Revocation
 from knell.store import Tracked
-from knell.stores.redis_codec import deny_key, pack_ref, read_revocation, read_start
+from knell.stores.redis_codec import pack_ref, read_start
+from knell.stores.redis_denylist import Asked, ClaimNames, all_keys, read_hits
 from knell.stores.redis_link import Command, script
 from knell.stores.redis_part import CHUNK, chunks
 from knell.stores.redis_tokens import RedisTokens
@@ -19,6 +20,8 @@ from knell.tokens import TokenRef
 TRACK_CHUNK = 250
 # Two bytes name a call well enough: a second that is armed twice does no harm.
 _MARKS = 0xFFFF
+# What a script did: found something in the denylist, wrote, or has names of claims that it was not asked for.
+_DENIED, _WRITTEN = 0, 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +29,13 @@ class _Part:
     """Tokens that one script takes, by their numbers in the call."""
 
     partition: int
-    refs: Mapping[int, TokenRef]
+    asked: Mapping[int, Asked]
 
 
 class RedisTracking(RedisTokens):
     """The part of the store that takes tokens in."""
+
+    _claim_names: ClaimNames
 
     def track(
         self,
@@ -39,105 +44,123 @@ class RedisTracking(RedisTokens):
         continuing: bool = False,
         reopen: bool = False,
         predecessor: str | None = None,
+        claims: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[Tracked]:
         answers: list[Tracked] = []
-        asked: set[int] = set()
+        seconds: set[int] = set()
         # More than a few chunks in one pipeline would outlast the time-out.
-        for some in chunks(refs, 8 * TRACK_CHUNK):
-            refused, written = self._write(some, must_continue=continuing and not reopen, predecessor=predecessor)
-            answers += [_answer(ref, refused.get(n), written[n], asked) for n, ref in enumerate(some)]
+        for some in chunks(Asked.all(refs, claims, predecessor), 8 * TRACK_CHUNK):
+            refused, written = self._write(some, must_continue=continuing and not reopen)
+            answers += [_answer(one.ref, refused.get(n), written[n], seconds) for n, one in enumerate(some)]
         return answers
 
     def _write(
-        self, refs: Sequence[TokenRef], *, must_continue: bool, predecessor: str | None
+        self, asked: Sequence[Asked], *, must_continue: bool
     ) -> tuple[Mapping[int, Revocation], Mapping[int, Sequence[Any]]]:
         """Which tokens are refused, and what the script answered for each; by their numbers."""
-        left = self._parts(refs)
+        left = self._parts(asked)
         denied: dict[bytes, Revocation] = {}
         written: dict[int, Sequence[Any]] = {}
         if self._partitions == 1:
-            # One slot, one step: what finds nothing in the denylist is written, what finds something is not.
-            keys = [_deny_keys(part.refs.values(), predecessor) for part in left]
-            commands = [self._command(part, {}, must_continue, some) for part, some in zip(left, keys, strict=True)]
-            answers = self._link.run(*commands)
-            for part, some, (done, *found) in zip(left, keys, answers, strict=True):
-                if done:
-                    written.update(zip(part.refs, found, strict=True))
-                else:
-                    denied |= _read_hits(some, found[0])
-            left = [part for part, (done, *_) in zip(left, answers, strict=True) if not done]
+            left, denied = self._write_unless_denied(left, must_continue, written)
         else:
-            denied = self._look(_deny_keys(refs, predecessor))
-        refused = self._refused(
-            [pair for part in left for pair in part.refs.items()], denied, must_continue, predecessor
-        )
-        commands = [self._command(part, refused, must_continue, ()) for part in left]
+            denied = self._look(asked)
+        refused = self._refused([pair for part in left for pair in part.asked.items()], denied, must_continue)
+        commands = [self._command(part, refused, must_continue) for part in left]
         for part, (_, *found) in zip(left, self._link.run(*commands), strict=True):
-            written.update(zip(part.refs, found, strict=True))
+            written.update(zip(part.asked, found, strict=True))
         return refused, written
 
-    def _parts(self, refs: Sequence[TokenRef]) -> list[_Part]:
+    def _write_unless_denied(
+        self, parts: Sequence[_Part], must_continue: bool, written: dict[int, Sequence[Any]]
+    ) -> tuple[list[_Part], dict[bytes, Revocation]]:
+        """One slot, one step: what finds nothing in the denylist is written, what finds something is not.
+
+        Returns:
+            The parts that were not written, and what was found.
+        """
+        denied: dict[bytes, Revocation] = {}
+        kept: list[_Part] = []
+        left = list(parts)
+        while left:
+            names, again = self._claim_names, list[_Part]()
+            keys = [all_keys(part.asked.values(), names) for part in left]
+            commands = [
+                self._command(part, {}, must_continue, deny_keys=some, mark=names.mark)
+                for part, some in zip(left, keys, strict=True)
+            ]
+            for part, some, (what, *found) in zip(left, keys, self._link.run(*commands), strict=True):
+                if what == _WRITTEN:
+                    written.update(zip(part.asked, found, strict=True))
+                elif what == _DENIED:
+                    denied |= read_hits(some, found[0])
+                    kept.append(part)
+                else:
+                    self._claim_names = ClaimNames.read(*found)
+                    again.append(part)
+            left = again
+        return kept, denied
+
+    def _parts(self, asked: Sequence[Asked]) -> list[_Part]:
         placed: dict[int, list[int]] = {}
-        for n, ref in enumerate(refs):
-            placed.setdefault(self._partition_of(ref.iss, ref.sid or ref.jti), []).append(n)
+        for n, one in enumerate(asked):
+            placed.setdefault(self._partition_of(one.ref.iss, one.ref.sid or one.ref.jti), []).append(n)
         return [
-            _Part(partition, {n: refs[n] for n in numbers})
+            _Part(partition, {n: asked[n] for n in numbers})
             for partition, all_of_it in placed.items()
             for numbers in chunks(all_of_it, TRACK_CHUNK)
         ]
 
     def _command(
-        self, part: _Part, refused: Mapping[int, Revocation], must_continue: bool, deny_keys: Sequence[bytes]
+        self,
+        part: _Part,
+        refused: Mapping[int, Revocation],
+        must_continue: bool,
+        *,
+        deny_keys: Sequence[bytes] = (),
+        mark: bytes = b"-",
     ) -> Command:
         strings: dict[str, int] = {}
-        packed = [pack_ref(ref, strings, refused=refused.get(n)) for n, ref in part.refs.items()]
+        packed = [pack_ref(one.ref, strings, refused=refused.get(n)) for n, one in part.asked.items()]
         return script(
             "track", self._tag(part.partition), self._now, *self._layout, *self._arming, int(must_continue),
-            secrets.randbelow(_MARKS) + 1, self._feed, len(deny_keys), *deny_keys, len(strings), *strings, *packed,
+            secrets.randbelow(_MARKS) + 1, self._feed, mark, len(deny_keys), *deny_keys, len(strings), *strings,
+            *packed,
         )  # fmt: skip
 
-    def _look(self, deny_keys: Sequence[bytes]) -> dict[bytes, Revocation]:
-        parts = list(chunks(deny_keys, 3 * CHUNK))
-        answers = self._link.run(*(script("refusals", self._feed, self._now, *some) for some in parts))
-        found: dict[bytes, Revocation] = {}
-        for some, hits in zip(parts, answers, strict=True):
-            found |= _read_hits(some, hits)
-        return found
+    def _look(self, asked: Sequence[Asked]) -> dict[bytes, Revocation]:
+        while True:
+            names, found = self._claim_names, dict[bytes, Revocation]()
+            parts = list(chunks(all_keys(asked, names), 3 * CHUNK))
+            commands = [script("refusals", self._feed, self._now, names.mark, *some) for some in parts]
+            for some, (what, *answer) in zip(parts, self._link.run(*commands), strict=True):
+                if what == _DENIED:
+                    found |= read_hits(some, answer[0])
+                else:
+                    self._claim_names = ClaimNames.read(*answer)
+            if self._claim_names is names:
+                return found
 
     def _refused(
-        self,
-        refs: Sequence[tuple[int, TokenRef]],
-        denied: Mapping[bytes, Revocation],
-        must_continue: bool,
-        predecessor: str | None,
+        self, asked: Sequence[tuple[int, Asked]], denied: Mapping[bytes, Revocation], must_continue: bool
     ) -> dict[int, Revocation]:
-        """The tokens that are refused, by their numbers; `refs` are in the order in which they will be written."""
+        """The tokens that are refused, by their numbers; `asked` are in the order in which they will be written."""
         if not denied:
             return {}
-        asked = {(ref.iss, ref.sid) for _, ref in refs if ref.sid and _depends_on_start(ref, denied)}
-        starts = self._starts(asked, also_closed=not must_continue)
+        names = self._claim_names
+        some = {(one.ref.iss, one.ref.sid) for _, one in asked if one.ref.sid and one.depends_on_start(denied, names)}
+        starts = self._starts(some, also_closed=not must_continue)
         refused: dict[int, Revocation] = {}
-        for n, ref in refs:
-            session = (ref.iss, ref.sid or "")
+        for n, one in asked:
+            ref, session = one.ref, (one.ref.iss, one.ref.sid or "")
             known = starts.get(session)
-            found = _refusal(ref, ref.started if known is None else known, denied, predecessor)
+            found = one.refusal(ref.started if known is None else known, denied, names)
             if found is not None:
                 refused[n] = found
             elif session in starts and known is None:
                 # It opens the life, or tells its start, and those after it are judged by that.
                 starts[session] = ref.started
         return refused
-
-    def _starts(
-        self, sessions: Collection[tuple[str, str]], *, also_closed: bool
-    ) -> dict[tuple[str, str], float | None]:
-        """The starts of sessions that have an open life, or `also_closed` ones; None where it is not known."""
-        answers = self._link.run(*(self._session_command(*session) for session in sessions))
-        return {
-            session: read_start(start or b"")
-            for session, start in zip(sessions, answers, strict=True)
-            if also_closed or start is not None
-        }
 
 
 def _answer(ref: TokenRef, refused: Revocation | None, written: Sequence[Any], asked: set[int]) -> Tracked:
@@ -148,34 +171,3 @@ def _answer(ref: TokenRef, refused: Revocation | None, written: Sequence[Any], a
     known = read_start(start)
     started = ref.started if known is None else known
     return Tracked(ref, must_arm, refused, session_ended=bool(ended), started=started)
-
-
-def _keys_of(ref: TokenRef) -> list[bytes]:
-    named = ((scope, getattr(ref, scope.claim)) for scope in Scope)
-    return [deny_key(scope, ref.iss, value) for scope, value in named if value is not None]
-
-
-def _deny_keys(refs: Iterable[TokenRef], predecessor: str | None) -> list[bytes]:
-    found = {}
-    for ref in refs:
-        found.update(dict.fromkeys(_keys_of(ref)))
-        if predecessor is not None:
-            found[deny_key(Scope.TOKEN, ref.iss, predecessor)] = None
-    return list(found)
-
-
-def _read_hits(deny_keys: Sequence[bytes], hits: Iterable[tuple[int, bytes]]) -> dict[bytes, Revocation]:
-    return {deny_keys[number]: read_revocation(packed) for number, packed in hits}
-
-
-def _depends_on_start(ref: TokenRef, denied: Mapping[bytes, Revocation]) -> bool:
-    return ref.auth_time is None and ref.sub is not None and deny_key(Scope.SUBJECT, ref.iss, ref.sub) in denied
-
-
-def _refusal(
-    ref: TokenRef, started: float | None, denied: Mapping[bytes, Revocation], predecessor: str | None
-) -> Revocation | None:
-    if predecessor is not None and (stolen := denied.get(deny_key(Scope.TOKEN, ref.iss, predecessor))):
-        return stolen
-    found = (denied[key] for key in _keys_of(ref) if key in denied)
-    return next((one for one in found if one.refuses(ref, started=started)), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 from sqlalchemy import text
 
@@ -11,9 +12,11 @@ from knell.notices import Receipt
 from knell.revocations import Revocation
 from knell.settings import Rules
 from knell.store import (
+    AuditEntry,
     Begun,
     Change,
     Claim,
+    Counted,
     Cursor,
     Detached,
     OpenNotice,
@@ -25,7 +28,8 @@ from knell.store import (
     Store,
     Tracked,
 )
-from knell.stores import sql_feed, sql_house, sql_log, sql_tokens
+from knell.stores import sql_audit, sql_count, sql_feed, sql_house, sql_log, sql_tokens
+from knell.stores.counting import Page, count
 from knell.stores.sql_database import Database, server_version
 from knell.tokens import TokenRef
 
@@ -121,9 +125,12 @@ class SqlStore(Store):
         continuing: bool = False,
         reopen: bool = False,
         predecessor: str | None = None,
+        claims: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[Tracked]:
         with self._database.write() as tx:
-            return sql_tokens.track(tx, refs, must_continue=continuing and not reopen, predecessor=predecessor)
+            return sql_tokens.track(
+                tx, refs, must_continue=continuing and not reopen, predecessor=predecessor, claims=claims
+            )
 
     def armed(self, seconds: Collection[int]) -> None:
         with self._database.write() as tx:
@@ -151,9 +158,25 @@ class SqlStore(Store):
 
     # ---- revocations
 
-    def revoke(self, revocation: Revocation, *, batch_id: str, jws: str) -> Recorded:
+    def revoke(self, revocation: Revocation, *, batch_id: str, jws: str, audit: AuditEntry) -> Recorded:
         with self._database.write() as tx:
-            return sql_feed.revoke(tx, revocation, batch_id=batch_id, jws=jws)
+            return sql_feed.revoke(tx, revocation, batch_id=batch_id, jws=jws, audit=audit)
+
+    def undo(self, revocation_id: str, *, batch_id: str, jws: str, audit: AuditEntry) -> Recorded | None:
+        with self._database.write() as tx:
+            return sql_feed.undo(tx, revocation_id, batch_id=batch_id, jws=jws, audit=audit)
+
+    def undone(self, revocation_id: str) -> bool:
+        with self._database.read() as tx:
+            return sql_feed.undone(tx, revocation_id)
+
+    def count(self, revocation: Revocation, *, enough: int, within_seconds: float) -> Counted | None:
+        def page(after: bytes | None) -> Page[bytes]:
+            with self._database.read() as tx:
+                return sql_count.page(tx, revocation, after)
+
+        tracked = self.rules.tracked_claims
+        return count(revocation, page, tracked=tracked, enough=enough, within_seconds=within_seconds)
 
     def revocation(self, revocation_id: str) -> Revocation | None:
         with self._database.read() as tx:
@@ -212,6 +235,16 @@ class SqlStore(Store):
     def unpark(self, ids: Collection[str]) -> int:
         with self._database.write() as tx:
             return sql_house.unpark(tx, ids)
+
+    # ---- the audit log
+
+    def note(self, entry: AuditEntry) -> None:
+        with self._database.write() as tx:
+            sql_audit.note(tx, entry)
+
+    def audit(self, *, before: tuple[float, str] | None = None, limit: int = 100) -> list[AuditEntry]:
+        with self._database.read() as tx:
+            return sql_audit.audit(tx, before=before, limit=limit)
 
     # ---- keeping house
 

@@ -7,16 +7,15 @@ import json
 from sqlalchemy import and_, delete, insert, select, update
 
 from knell.denylist import strength
-from knell.notices import batch_id_of_revocation
+from knell.notices import batch_id_of_revocation, batch_id_of_undo
 from knell.revocations import Revocation
-from knell.store import FEED_LENGTH, Change, Cursor, Recorded
-from knell.stores import sql_log
+from knell.store import FEED_LENGTH, AuditEntry, Change, Cursor, Recorded
+from knell.stores import sql_audit, sql_denylist, sql_log
 from knell.stores.feed import changes_after
 from knell.stores.sql_database import Tx
-from knell.stores.sql_tokens import target_of
 
 
-def revoke(tx: Tx, revocation: Revocation, *, batch_id: str, jws: str) -> Recorded:
+def revoke(tx: Tx, revocation: Revocation, *, batch_id: str, jws: str, audit: AuditEntry) -> Recorded:
     """See `Store.revoke`."""
     # The head's row stays locked to the commit: positions become visible in the order that they were given out in.
     position = tx.add("head", 1)
@@ -24,24 +23,58 @@ def revoke(tx: Tx, revocation: Revocation, *, batch_id: str, jws: str) -> Record
     if known is not None:
         tx.add("head", -1)
         services = sql_log.services_of(tx, batch_id_of_revocation(revocation.id))
-        return Recorded(Cursor(tx.epoch, known, revocation.id), False, services)
+        cursor = Cursor(tx.epoch, known, revocation.id)
+        return Recorded(cursor, False, services, undone=undone(tx, revocation.id))
     body = json.dumps(revocation.as_json(), separators=(",", ":"), ensure_ascii=False)
     entry = {
         "id": revocation.id,
-        "target": target_of(revocation.scope, revocation.iss, revocation.value),
+        "target": sql_denylist.target_of(revocation.scope, revocation.iss, revocation.value),
         "position": position,
         "expires_at": revocation.expires_at,
         "strength": strength(revocation),
         "body": body,
     }
     tx.run(insert(tx.tables.denylist), [entry])
-    change = {"position": position, "kind": "revoked", "revocation_id": revocation.id, "body": body}
+    sql_denylist.count_names(tx, revocation, 1)
+    services = _tell(tx, "revoked", revocation.id, body, position, batch_id, jws)
+    sql_audit.note(tx, audit)
+    return Recorded(Cursor(tx.epoch, position, revocation.id), True, services)
+
+
+def undo(tx: Tx, revocation_id: str, *, batch_id: str, jws: str, audit: AuditEntry) -> Recorded | None:
+    """See `Store.undo`."""
+    position = tx.add("head", 1)
+    denylist, notices = tx.tables.denylist, tx.tables.notices
+    body = tx.value(select(denylist.c.body).where(denylist.c.id == revocation_id))
+    if body is None:
+        tx.add("head", -1)
+        known: int | None = tx.value(select(notices.c.position).where(notices.c.batch_id == batch_id))
+        services = sql_log.services_of(tx, batch_id)
+        return None if known is None else Recorded(Cursor(tx.epoch, known, revocation_id), False, services)
+    tx.run(delete(denylist).where(denylist.c.id == revocation_id))
+    sql_denylist.count_names(tx, Revocation.from_json(json.loads(body)), -1)
+    untold = sql_log.close_undone(tx, batch_id_of_revocation(revocation_id))
+    services = _tell(tx, "undone", revocation_id, body, position, batch_id, jws)
+    sql_audit.note(tx, audit)
+    return Recorded(Cursor(tx.epoch, position, revocation_id), True, services, untold)
+
+
+def undone(tx: Tx, revocation_id: str) -> bool:
+    """See `Store.undone`."""
+    notices = tx.tables.notices
+    found = tx.value(select(notices.c.batch_id).where(notices.c.batch_id == batch_id_of_undo(revocation_id)))
+    return found is not None
+
+
+def _tell(tx: Tx, kind: str, revocation_id: str, body: str, position: int, batch_id: str, jws: str) -> tuple[str, ...]:
+    """Add a change to the feed, and its notice to the log. Returns the services that it waits for."""
+    change = {"position": position, "kind": kind, "revocation_id": revocation_id, "body": body}
     tx.run(insert(tx.tables.feed), [change])
     table = tx.tables.services
     registered = select(table.c.name).where(~table.c.removed).order_by(table.c.name)
     services = tuple(row.name for row in tx.rows(registered))
     sql_log.add_revocation(tx, batch_id, jws, services, position)
-    return Recorded(Cursor(tx.epoch, position, revocation.id), True, services)
+    return services
 
 
 def _position_of(tx: Tx, revocation_id: str) -> int | None:

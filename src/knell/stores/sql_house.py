@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from sqlalchemy import Table, and_, delete, exists, insert, select, update
 
 from knell.store import Begun, Parked, Pruned, ServiceInfo
-from knell.stores import sql_feed, sql_log
+from knell.stores import sql_denylist, sql_feed, sql_log
 from knell.stores.sql_database import Tx, chunks
 from knell.stores.sql_schema import key_of
 
@@ -160,11 +160,12 @@ def prune(tx: Tx) -> Pruned:
     tables = tx.tables
     notices, missed = sql_log.prune(tx, limit=_PRUNE_LIMIT)
     return Pruned(
-        revocations=_prune_past(tx, tables.denylist, "expires_at", tx.now),
+        revocations=sql_denylist.prune(tx, limit=_PRUNE_LIMIT),
         changes=sql_feed.trim(tx, limit=_PRUNE_LIMIT),
         notices=notices,
         dedupe=_prune_past(tx, tables.dedupe, "expires_at", tx.now),
         parked=_prune_parked(tx, tx.now - tx.rules.retention_seconds),
+        audit=_prune_past(tx, tables.audit, "at", tx.now - tx.rules.audit_seconds),
         missed=missed,
     )
 

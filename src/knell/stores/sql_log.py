@@ -188,6 +188,16 @@ def _apply(row: dict[str, Any], receipt: Receipt, now: float) -> bool:
     return True
 
 
+def close_undone(tx: Tx, batch_id: str) -> tuple[str, ...]:
+    """Close the record of a revocation that is undone. Returns the services that had not closed it."""
+    waiting = tx.tables.waiting
+    still = and_(waiting.c.batch_id == batch_id, waiting.c.todo != _CLOSED)
+    services = tuple(row.service for row in tx.rows(select(waiting.c.service).where(still).order_by(waiting.c.service)))
+    tx.run(update(waiting).where(still).values({"todo": _CLOSED, "state": "undone", "at": tx.now}))
+    _close_finished(tx, [batch_id])
+    return services
+
+
 def _close_finished(tx: Tx, batch_ids: Collection[str]) -> None:
     """Close those of these records that nobody waits for: a revocation's is kept, any other goes."""
     notices, waiting = tx.tables.notices, tx.tables.waiting

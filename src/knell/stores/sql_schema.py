@@ -36,6 +36,7 @@ class Tables:
     sessions: Table
     seconds: Table
     denylist: Table
+    claim_names: Table
     feed: Table
     notices: Table
     waiting: Table
@@ -44,6 +45,7 @@ class Tables:
     parked: Table
     parked_jws: Table
     leases: Table
+    audit: Table
 
 
 def key_of(*names: str) -> bytes:
@@ -117,6 +119,14 @@ def make_tables(namespace: str) -> Tables:
             index("denylist", "position"),
             index("denylist", "expires_at"),
         ),
+        # Which sets of claims revocations are by: a token is looked up once for each set of names that it has.
+        claim_names=table(
+            "claim_names",
+            _some("iss", LargeBinary(16)),
+            _some("names", Text()),
+            _some("revocations", Integer()),
+            PrimaryKeyConstraint("iss", "names"),
+        ),
         feed=table(
             "feed",
             Column("position", BigInteger(), primary_key=True, autoincrement=False),
@@ -187,6 +197,9 @@ def make_tables(namespace: str) -> Tables:
         # A whole batch is parked with one JWS, in as many rows as it has entries.
         parked_jws=table("parked_jws", _key("key", LargeBinary(16)), _some("jws", Text())),
         leases=table("leases", _key("name", Text()), _some("holder", Text()), _some("leased_until", Float())),
+        audit=table(
+            "audit", _key("id", Text()), _some("at", Float()), _some("body", Text()), index("audit", "at", "id")
+        ),
     )
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from sqlalchemy import and_, insert, select, update
 
 from knell.errors import NotDue
 from knell.notices import new_batch_id
-from knell.revocations import Revocation, Scope
+from knell.revocations import Revocation
 from knell.store import ARM_LEASE_SECONDS, IMMEDIATE_SECONDS, Claim, Claimed, Detached, Tracked
-from knell.stores import sql_log
+from knell.stores import sql_denylist, sql_log
 from knell.stores.sql_database import Tx, chunks
 from knell.stores.sql_ledger import (
     Ledger,
@@ -30,17 +30,24 @@ _TOKEN = frozenset({"token"})
 _SESSION = frozenset({"session"})
 
 
-def track(tx: Tx, refs: Sequence[TokenRef], *, must_continue: bool, predecessor: str | None) -> list[Tracked]:
+def track(
+    tx: Tx,
+    refs: Sequence[TokenRef],
+    *,
+    must_continue: bool,
+    predecessor: str | None,
+    claims: Sequence[Mapping[str, Any]] | None,
+) -> list[Tracked]:
     """See `Store.track`."""
     keys = [token_key(ref.iss, ref.jti) for ref in refs]
     ledger = Ledger(tx)
     ledger.load(keys, {key for ref in refs if (key := session_key(ref)) is not None})
-    denylist = _denylist(tx, refs, predecessor)
+    denylist = sql_denylist.look(tx, refs, predecessor=predecessor, claims=claims)
     answers, seconds = [], []
-    for key, ref in zip(keys, refs, strict=True):
+    for n, (key, ref) in enumerate(zip(keys, refs, strict=True)):
         life = ledger.life_of(session_key(ref))
         started = ref.started if life is None or life.started is None else life.started
-        denied = _refused(denylist, ref, started, predecessor)
+        denied = denylist.refusal(n, ref, started)
         ended = denied is None and must_continue and ref.sid is not None and life is None
         put: list[int] = []
         if denied is not None:
@@ -68,43 +75,6 @@ def _with_timers(answers: list[Tracked], seconds: list[list[int]], to_arm: set[i
         to_arm -= set(mine)
         found.append(Tracked(answer.ref, mine, answer.denied, answer.session_ended, answer.started))
     return found
-
-
-def _denylist(tx: Tx, refs: Sequence[TokenRef], predecessor: str | None) -> dict[bytes, Revocation]:
-    """The strongest revocation that lives of each target that has one; the others are not read."""
-    table, found = tx.tables.denylist, dict[bytes, Revocation]()
-    targets = {target for ref in refs for target in _targets(ref)}
-    if predecessor is not None:
-        targets |= {target_of(Scope.TOKEN, ref.iss, predecessor) for ref in refs}
-    for chunk in chunks(targets):
-        for row in tx.rows(select(table.c.target).where(table.c.target.in_(chunk)).distinct()):
-            lives = and_(table.c.target == row.target, table.c.expires_at > tx.now)
-            strongest_first = (table.c.strength.desc(), table.c.id.desc())
-            body = tx.value(select(table.c.body).where(lives).order_by(*strongest_first).limit(1))
-            if body is not None:
-                found[row.target] = Revocation.from_json(json.loads(body))
-    return found
-
-
-def target_of(scope: Scope, iss: str, value: str) -> bytes:
-    """The key that a revocation is looked up by."""
-    return key_of(scope.value, iss, value)
-
-
-def _targets(ref: TokenRef) -> list[bytes]:
-    named = ((Scope.TOKEN, ref.jti), (Scope.SESSION, ref.sid), (Scope.SUBJECT, ref.sub))
-    return [target_of(scope, ref.iss, value) for scope, value in named if value is not None]
-
-
-def _refused(
-    denylist: dict[bytes, Revocation], ref: TokenRef, started: float | None, predecessor: str | None
-) -> Revocation | None:
-    if not denylist:
-        return None
-    if predecessor is not None and (stolen := denylist.get(target_of(Scope.TOKEN, ref.iss, predecessor))):
-        return stolen
-    found = (denylist[target] for target in _targets(ref) if target in denylist)
-    return next((one for one in found if one.refuses(ref, started=started)), None)
 
 
 # ---- timers

@@ -2,6 +2,7 @@
 --   :m  epoch, pos and last (position and revocation id of the last change)    :f  the feed, ids "<position>-0"
 --   :v  revocation id -> position, its deny key, the revocation    :p  ids by position    :x  ids by when they leave
 --   :y:<deny key>  the ids under it, by strength
+--   :cn  an issuer and names of claims -> how many revocations are by these    :m names  another mark when one is added
 --   :s  service -> when it was added    :ms  service -> its missed record
 local PAGE = 100
 -- How many keys one command takes: Lua's stack is bounded.
@@ -59,11 +60,32 @@ local function look(feed, deny_keys, now)
   return hits
 end
 
+-- The deny key of a revocation by claims is "cs", the issuer and the names, and a digest of 16 bytes.
+local function count_names(deny_key, amount, mark)
+  if string.sub(deny_key, 1, 2) ~= 'cs' then
+    return
+  end
+  local field = string.sub(deny_key, 3, -17)
+  local count = redis.call('HINCRBY', tag .. ':cn', field, amount)
+  if count <= 0 then
+    redis.call('HDEL', tag .. ':cn', field)
+  elseif count == amount then
+    redis.call('HSET', tag .. ':m', 'names', mark)
+  end
+end
+
+-- {mark, names} if names were added since the caller learned of those of the mark `known`.
+local function news_of_names(feed, known)
+  local mark = redis.call('HGET', feed .. ':m', 'names') or ''
+  return mark ~= known and {mark, redis.call('HKEYS', feed .. ':cn')} or nil
+end
+
 local function remove_revocation(id)
   local packed = redis.call('HGET', tag .. ':v', id)
   if packed then
     local _, deny_key = unpack_revocation(packed)
     redis.call('ZREM', denied_by(tag, deny_key), id)
+    count_names(deny_key, -1)
   end
   redis.call('HDEL', tag .. ':v', id)
   redis.call('ZREM', tag .. ':p', id)

@@ -1,4 +1,5 @@
--- Removes dedupe records and parked entries past their time. ARGV: now, retention of parked entries (s), at most.
+-- Removes dedupe records, parked and audit entries past their time. ARGV: now, retention of parked entries (s), at most,
+-- retention of audit entries (s).
 local now = clock(ARGV[1])
 local records = redis.call('ZRANGEBYSCORE', tag .. ':kx', '-inf', text(now), 'LIMIT', 0, ARGV[3])
 for _, name in ipairs(records) do
@@ -10,4 +11,9 @@ local removed = 0
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', tag .. ':pa', '-inf', before, 'LIMIT', 0, ARGV[3])) do
   removed = removed + remove_parked(id)
 end
-return {#records, removed}
+local notes = redis.call('ZRANGEBYSCORE', tag .. ':ai', '-inf', text(now - tonumber(ARGV[4])), 'LIMIT', 0, ARGV[3])
+for _, id in ipairs(notes) do
+  redis.call('HDEL', tag .. ':ae', id)
+  redis.call('ZREM', tag .. ':ai', id)
+end
+return {#records, removed, #notes}

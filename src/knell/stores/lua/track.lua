@@ -1,6 +1,8 @@
 -- Records tokens, in their order. ARGV: now, buckets, partitions, grace, lease, immediate, continuing, the call's mark, the
--- feed's tag, number of deny keys, the deny keys, number of strings, the strings, then each token packed.
--- Answers {0, what is denied}, and has changed nothing, if anything is under the deny keys. Else {1}, then for each token:
+-- feed's tag, the mark of the names of claims that the deny keys were made with ("-": not to be compared), number of deny
+-- keys, the deny keys, number of strings, the strings, then each token packed.
+-- Answers {0, what is denied}, and has changed nothing, if anything is under the deny keys; {2, mark, names} if other names
+-- of claims are to be looked for as well. Else {1}, then for each token:
 -- 1 if its session has ended, the seconds to arm (0: none), and its session's start ("" if not known).
 local UUID_JTI, HAS_SID, UUID_SID, HAS_EXP_CLAIM, HAS_START, REFUSED, END_TOLD = 1, 2, 4, 8, 16, 32, 64
 
@@ -15,7 +17,11 @@ local function read_arguments(at)
 end
 
 local deny_keys, strings, first
-deny_keys, first = read_arguments(10)
+deny_keys, first = read_arguments(11)
+local news = ARGV[10] ~= '-' and news_of_names(ARGV[9], ARGV[10])
+if news then
+  return {2, news[1], news[2]}
+end
 local hits = look(ARGV[9], deny_keys, now)
 if #hits > 0 then
   return {0, hits}
@@ -107,8 +113,8 @@ local function arm(second)
 end
 
 local function track(packed)
-  local flags, issuer, client, kid, second, exp, session_exp, start, jti, sid, about, rest =
-    struct.unpack('>BI2I2I2I5dddI2c0I2c0I2c0I2c0', packed)
+  local flags, issuer, client, kid, second, exp, session_exp, start, jti, sid, about, rest, claims =
+    struct.unpack('>BI2I2I2I5dddI2c0I2c0I2c0I2c0I2c0', packed)
   local refused = bit.band(flags, REFUSED) ~= 0
   session_exp = bit.band(flags, HAS_EXP_CLAIM) ~= 0 and session_exp or nil
   start = bit.band(flags, HAS_START) ~= 0 and start or nil
@@ -157,7 +163,7 @@ local function track(packed)
   token.second = second
   token.client, client_literal = number_or_literal(client)
   token.kid, kid_literal = number_or_literal(kid)
-  token.rest = rest .. client_literal .. kid_literal
+  token.rest = rest .. client_literal .. kid_literal .. claims
   put_token(token)
   return {0, arm(second), arm_session, pack_start(session)}
 end

@@ -1,0 +1,33 @@
+"""What both stores know of revocations by claims: under which matches a token may be found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice, product
+from typing import Any
+
+from knell.revocations import Revocation, written_claims
+from knell.tokens import comparable, values_of
+
+# Claims that are lists multiply: of a token with more combinations than this, the others are not looked at here.
+# Verifiers look at all of them.
+MOST_COMBINATIONS = 100
+
+
+def names_of(revocation: Revocation) -> list[str]:
+    """The names of the claims that a revocation is by, in order."""
+    return sorted(revocation.match)
+
+
+def values_by_claims(claims: Mapping[str, Any], sets_of_names: Iterable[Sequence[str]]) -> Iterator[str]:
+    """What revocations that name a token by its claims have as their `value`.
+
+    Args:
+        claims: the token's claims set.
+        sets_of_names: which claims revocations are by.
+    """
+    for names in sets_of_names:
+        if all(name in claims for name in names):
+            choices = [[value for value in values_of(claims[name]) if comparable(value)] for name in names]
+            for values in islice(product(*choices), MOST_COMBINATIONS):
+                yield written_claims(dict(zip(names, values, strict=True)))
