@@ -20,9 +20,11 @@ from typing import Any
 import pytest
 
 from knell import checkup
+from knell.cli.revocations import read_match
 from knell.errors import InvalidSettings, StoreUnavailable
 from knell.keys import NOTICE_TYPE, SigningKey, TrustList
 from knell.notices import Cause, Receipt, batch_id_of_revocation
+from knell.revocations import Scope
 from knell.settings import Settings
 from knell.store import Parked, Store, open_store
 from tests.commandline import ISS, Knell, park
@@ -289,6 +291,62 @@ def test_revoke_refuses_what_cannot_be_recorded(
     assert said in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (("client", "web"), {"client_id": "web"}),
+        (("key", "k-1"), {"kid": "k-1"}),
+        (("claims", "sub=alice", "client_id=web"), {"sub": "alice", "client_id": "web"}),
+        (("issuer",), {"iss": ISS}),
+    ],
+)
+def test_revoke_takes_every_scope_and_undo_takes_it_back(
+    knell: Knell, store: Store, arguments: tuple[str, ...], match: dict[str, str]
+) -> None:
+    """What is wide is revoked, undone and found in the audit log, with who did it and how many it named."""
+    assert knell("revoke", *arguments, "--iss", ISS, "--dry-run")["recorded"] == "dry_run"
+    made = knell("revoke", *arguments, "--iss", ISS, "--actor", "alice", "--reason", "leaked")
+    assert (made["revocation"]["match"], made["tokens"], made["sessions"]) == (match, 0, 0)
+    assert knell("undo", made["id"], "--actor", "bob")["created"] is True
+    assert store.revocation(made["id"]) is None
+    [undone, revoked] = knell("audit")["entries"]
+    assert (undone["action"], undone["actor"]) == ("undone", "bob")
+    assert (revoked["actor"], revoked["reason"], revoked["counts"]) == ("alice", "leaked", {"tokens": 0, "sessions": 0})
+    assert "revoked" in knell.run("audit").stdout
+    assert knell.run("undo", "unknown").exit_code == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("claims", "tenant"), "write NAME=VALUE"),
+        (("client",), "takes one VALUE, its client_id; there are 0"),
+        (("client", "a", "b"), "there are 2"),
+        (("client", "web", "--confirm", "app"), "it has to be 'web'"),
+        (("claims", "department=sales"), "pass confirm='department=sales'"),
+    ],
+)
+def test_revoke_says_what_a_wide_scope_lacks(knell: Knell, arguments: tuple[str, ...], said: str) -> None:
+    """Exit code 2, and one line that says what to pass."""
+    result = knell.run("revoke", *arguments, "--iss", ISS)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert said in result.stderr
+
+
+def test_the_values_of_claims_are_read_as_json_has_them() -> None:
+    """Numbers, true and false are such; in quotes, or of any other kind, they are text."""
+    values = ["level=3", "beta=true", 'code="3"', "tenant=acme", "ratio=1.5", "note=", "a=b=c"]
+    assert read_match(Scope.CLAIMS, values, ISS) == {
+        "level": 3,
+        "beta": True,
+        "code": "3",
+        "tenant": "acme",
+        "ratio": "1.5",
+        "note": "",
+        "a": "b=c",
+    }
+
+
 def test_status_of_an_unknown_revocation_exits_with_4(knell: Knell) -> None:
     """There is nothing to tell of a revocation that nobody has made."""
     result = knell.run("status", "nothing")
@@ -321,6 +379,8 @@ def test_parked_entries_of_one_batch_are_replayed_in_one_message(knell: Knell, p
     park(place, store, 0, 1, 2)
     ids = ["shop/e0-b.0", "shop/e0-b.1", "shop/e0-b.2"]
     replayed = knell("parked", "replay", *ids[:2])
+    [entry] = store.audit()
+    assert (entry.action, entry.what, entry.counts) == ("replayed", {"services": ["shop"]}, {"entries": 2})
     assert (replayed["replayed"], replayed["messages"]) == (2, 1)
     assert [each.id for each in store.parked()] == ids[2:]
     assert knell("services", "list")["services"][0]["waiting"] == 1

@@ -594,6 +594,33 @@ def test_a_command_to_revoke_picks_the_notice_that_fits(world: World) -> None:
     assert world.sent() == []
 
 
+def test_a_command_to_revoke_a_client_leaves_its_actor_in_the_audit_log(world: World) -> None:
+    """What was queued while the store was away is recorded as if it had not been, with who asked for it."""
+    key = command_key(world, issuers=[ISS], causes=[Cause.REVOKED])
+    jws = _asked(world, key, make_revocation("client", {"client_id": "web"}, iss=ISS, now=BEGAN, rules=Rules()))
+    assert world.notifier.revoke(jws)
+    [entry] = world.store.audit()
+    assert (entry.action, entry.actor, entry.what["match"]) == ("revoked", "alice", {"client_id": "web"})
+
+
+def test_a_command_cannot_revoke_the_key_that_the_notifier_signs_with(world: World) -> None:
+    """It would lock out the notifier itself; any other key may be revoked, and for ever."""
+    key = command_key(world, issuers=[ISS], causes=[Cause.REVOKED])
+    own = make_revocation("key", {"kid": world.notifier._key.kid}, iss=ISS, now=BEGAN, rules=Rules())
+    with pytest.raises(MessageRefused, match="let it have another first"):
+        world.notifier.revoke(_asked(world, key, own))
+    assert world.store.snapshot() == []
+    assert world.notifier.revoke(
+        _asked(world, key, make_revocation("key", {"kid": "stolen"}, iss=ISS, now=BEGAN, rules=Rules()))
+    )
+
+
+def _asked(world: World, key: SigningKey, revocation: Revocation) -> str:
+    notices = {"session token": world.sign(Notice.of_revocation(revocation), key)}
+    audience, now = world.settings.audience, world.clock()
+    return commands.sign_revoke(revocation, notices, key=key, signer=ISS, audience=audience, now=now, actor="alice")
+
+
 def test_a_revocation_whose_notifier_was_killed_before_it_sent_is_sent_by_the_next_sweep(world: World) -> None:
     """The command comes again and finds it recorded; its notice does not wait for the first re-send."""
     key = command_key(world, issuers=[ISS], causes=[Cause.REVOKED])

@@ -373,12 +373,24 @@ def test_the_claims_are_the_callers_own(make: Callable[..., Verifier]) -> None:
 # ---- revocations
 
 
-@pytest.mark.parametrize(("scope", "value"), [("token", "j1"), ("session", "s1"), ("subject", "alice")])
+@pytest.mark.parametrize(
+    ("scope", "value"),
+    [
+        ("token", "j1"),
+        ("session", "s1"),
+        ("subject", "alice"),
+        ("client", "web"),
+        ("key", "k-1"),
+        ("claims", {"roles": "admin", "level": 3}),
+        ("issuer", ISS),
+    ],
+)
 def test_a_revoked_token_is_refused_and_accepted_again_when_undone(
-    make: Callable[..., Verifier], feed: MemoryFeed, scope: str, value: str
+    make: Callable[..., Verifier], feed: MemoryFeed, scope: str, value: Any
 ) -> None:
     """A revocation of each scope refuses the token, saying which and why, until it is undone."""
-    one, token = make(), mint()
+    more = {"client_id": "web", "roles": ["user", "admin"], "level": 3}
+    one, token = make(), mint(claims(**more), kid="k-1")
     assert one.verify(token)
     revoked = revocation(scope, value, now=NOW, reason="stolen")
     feed.revoke(revoked)
