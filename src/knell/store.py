@@ -101,7 +101,7 @@ class Claimed:
     Attributes:
         n: its number in the record.
         ref: the token. For a session's own due entry a TokenRef whose jti is "" and whose exp is the session's end;
-            with its session_exp, and with sub and iat of the token that told its start.
+            with its session_exp, and with iat, sub, client_id, kid and claims of the token that told its start.
         ends: "token", "session", or both.
         started: the start of its session, where known.
     """

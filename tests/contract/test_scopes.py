@@ -313,3 +313,17 @@ def test_the_audit_log_is_kept_for_its_time(make_store: MakeStore, clock: Clock)
     assert store.prune().audit == 1
     assert store.audit() == [new]
     assert noted(revocation("token", "t1")).at == BEGAN
+
+
+def test_a_session_s_own_end_says_what_it_may_be_revoked_by(make_store: MakeStore, clock: Clock) -> None:
+    """Its client, key and claims are on its due entry: what a revocation of these has told is not told again."""
+    store = make_store(rules=Rules(session_grace_seconds=30.0))
+    store.add_service("shop")
+    first = full()
+    store.track([first, token("t2", sid="s2")])
+    clock.reach(first.second + 30)
+    claim = store.claim(first.second + 30, services=["shop"])
+    assert claim is not None
+    ends = {entry.ref.sid: entry.ref for entry in claim.entries}
+    assert ends["s1"] == first.replace(jti="", exp=first.exp + 30)
+    assert ends["s2"] == token("", sid="s2", ends_in=90)

@@ -12,6 +12,7 @@ import struct
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from knell.revocations import Revocation, Scope
 from knell.store import AuditEntry, Claimed
@@ -221,12 +222,6 @@ def read_ref(field: bytes, packed: bytes, strings: Mapping[int, str]) -> TokenRe
     sid_field = reader.field()
     (exp, iat, auth_time, session_exp), sub = reader.claims(4, second)
     assert exp is not None
-
-    def string(number: int) -> str | None:
-        if number == _LITERAL:
-            return reader.item().decode()
-        return strings[number] if number else None
-
     return TokenRef(
         iss=strings[issuer],
         jti=jti,
@@ -234,12 +229,23 @@ def read_ref(field: bytes, packed: bytes, strings: Mapping[int, str]) -> TokenRe
         iat=iat,
         sid=_read_name(sid_field)[1] if sid_field else None,
         sub=sub,
-        client_id=string(client),
-        kid=string(kid),
         auth_time=auth_time,
         session_exp=session_exp,
-        claims=None if reader.at_end else json.loads(reader.item()),
+        **_read_rest(reader, client, kid, strings),
     )
+
+
+def _read_rest(reader: Reader, client: int, kid: int, strings: Mapping[int, str]) -> dict[str, Any]:
+    """The client and the key, by their numbers, and the tracked claims, which stand at the end."""
+
+    def string(number: int) -> str | None:
+        if number == _LITERAL:
+            return reader.item().decode()
+        return strings[number] if number else None
+
+    client_id, key_id = string(client), string(kid)
+    claims = None if reader.at_end else json.loads(reader.item())
+    return {"client_id": client_id, "kid": key_id, "claims": claims}
 
 
 def is_detached(packed: bytes) -> bool:
@@ -271,9 +277,13 @@ def _read_entry(reader: Reader, strings: Mapping[int, str]) -> Claimed:
     if is_session(field):
         issuer, sid = _read_name(field)
         has_exp, ended = reader.integer(1), reader.double()
+        client, kid = reader.integer(2), reader.integer(2)
         (iat,), sub = reader.claims(1, 0)
         session_exp = ended if has_exp else None
-        ref = TokenRef(iss=strings[issuer], jti="", exp=ended, iat=iat, sid=sid, sub=sub, session_exp=session_exp)
+        rest = _read_rest(reader, client, kid, strings)
+        ref = TokenRef(
+            iss=strings[issuer], jti="", exp=ended, iat=iat, sid=sid, sub=sub, session_exp=session_exp, **rest
+        )
     else:
         ref = read_ref(field, reader.packed[reader.at :], strings)
         start = ref.started if start is None else start

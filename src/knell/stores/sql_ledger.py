@@ -55,9 +55,7 @@ class SessionRow:
     def as_ref(self, end: float) -> TokenRef:
         """What is told of its end by time."""
         first = read_ref(self.ref)
-        return TokenRef(
-            iss=first.iss, jti="", exp=end, iat=first.iat, sid=first.sid, sub=first.sub, session_exp=self.session_exp
-        )
+        return first.replace(jti="", exp=end, auth_time=None, session_exp=self.session_exp)
 
 
 def token_key(iss: str, jti: str) -> bytes:

@@ -62,6 +62,10 @@ local function claim_session(field)
   local ending = session.has_exp and session.ending or session.ending + grace
   if math.ceil(ending) <= at then
     delete_session(session)
+    if session.about ~= '' then
+      local client, kid = struct.unpack('>I2I2', session.about)
+      name_strings(names, client, kid)
+    end
     add_entry(SESSION_ENDS, session, field, struct.pack('>Bd', session.has_exp and 1 or 0, ending) .. session.about)
     return true
   end

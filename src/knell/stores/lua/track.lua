@@ -142,6 +142,8 @@ local function track(packed)
     end
     add_member(second, field)
   end
+  local client_number, client_literal = number_or_literal(client)
+  local kid_number, kid_literal = number_or_literal(kid)
   local arm_session = 0
   -- One that is being revoked stays what it is to its session.
   if not token or token.detached == 0 then
@@ -152,17 +154,15 @@ local function track(packed)
     token = {key = token_key, field = field, detached = 0, life = 0, sid = session_field}
     if session_field ~= '' then
       session = session or open_session(session_key, session_field, session_exp or exp, session_exp ~= nil)
-      extend(session, start, about, exp, session_exp)
+      local named = struct.pack('>I2I2', client_number, kid_number) .. about .. client_literal .. kid_literal .. claims
+      extend(session, start, named, exp, session_exp)
       session.live = session.live + (counted and 0 or 1)
       put_session(session)
       token.life = session.life
       arm_session = session.due ~= 0 and arm(session.due) or 0
     end
   end
-  local client_literal, kid_literal
-  token.second = second
-  token.client, client_literal = number_or_literal(client)
-  token.kid, kid_literal = number_or_literal(kid)
+  token.second, token.client, token.kid = second, client_number, kid_number
   token.rest = rest .. client_literal .. kid_literal .. claims
   put_token(token)
   return {0, arm(second), arm_session, pack_start(session)}
