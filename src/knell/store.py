@@ -520,7 +520,8 @@ class Store(Feed, Dedupe, Protocol):
         """Take a revocation back, in one atomic step: it leaves the denylist, and the change feed says so.
 
         - The revocation's own notice-log record is closed; the services that had not closed it are undone there, and
-          are in the answer.
+          are in the answer. They have missed what ended meanwhile and was left to that revocation to tell: see
+          `mark_missed`.
         - The undo's record waits for the services that are registered at that moment.
         - Undoing again changes nothing, and answers as the first time, with created False.
 

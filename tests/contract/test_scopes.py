@@ -194,7 +194,12 @@ def test_who_has_not_applied_it_is_spared(store: Store, clock: Clock) -> None:
     }
     assert status["waiting"] == ServiceStatus("undone", BEGAN + 1)
     clock.advance(31)
-    [notice] = store.open_notices()
+    assert {each.name: each.missed_since for each in store.services() if each.missed_since is not None} == {
+        "retrying": BEGAN,
+        "waiting": BEGAN,
+    }
+    [notice, *missed] = sorted(store.open_notices(), key=lambda each: each.kind, reverse=True)
+    assert [each.kind for each in missed] == ["missed", "missed"]
     assert (notice.batch_id, notice.kind, notice.jws) == (batch_id_of_undo(made.id), "revocation", "u.n.do")
     assert sorted(notice.waiting) == ["done", "late", "parked", "retrying", "waiting"]
     # A receipt that comes late changes nothing.

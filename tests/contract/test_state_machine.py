@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from uuid import uuid4
 
@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from knell.notices import Receipt, batch_id_of_revocation, partition_of_batch
-from knell.revocations import Revocation
+from knell.notices import Receipt, batch_id_of_revocation, batch_id_of_undo, partition_of_batch
+from knell.revocations import Revocation, Scope
 from knell.settings import Rules
-from knell.store import Claimed, Cursor, OpenNotice, open_store
+from knell.store import AuditEntry, Claimed, Cursor, OpenNotice, open_store
 from knell.tokens import TokenRef
 from tests.contract.making import ISS, SESSION, Clock, noted, revocation
 
@@ -48,6 +48,8 @@ class Callers(RuleBasedStateMachine):
         self.jtis: list[str] = []
         self.tokens: dict[str, TokenRef] = {}
         self.recorded: dict[str, Revocation] = {}
+        self.undone: list[Revocation] = []
+        self.changes = 0
         self.unfinished: dict[str, str] = {}
         self.told: dict[tuple[str, int], tuple[Claimed, frozenset[str]]] = {}
         self.opened: Counter[str] = Counter()
@@ -120,7 +122,7 @@ class Callers(RuleBasedStateMachine):
             self.store.armed(answer.must_arm)
 
     @rule(
-        what=st.sampled_from(["token", "token", "token", "again", "take back", "session", "subject"]),
+        what=st.sampled_from(["token", "token", "token", "again", "take back", "session", "subject", "undo"]),
         pick=KNOWN,
         dies=st.booleans(),
     )
@@ -129,12 +131,29 @@ class Callers(RuleBasedStateMachine):
             self._revoke_token(self._pick(pick), f"r{uuid4().hex}", dies)
         elif what in ("session", "subject"):
             self._record(revocation(what, "s2" if what == "session" else "alice", now=self.clock.now))
+        elif what == "undo":
+            self._undo(pick)
         elif self.unfinished:
             revocation_id = list(self.unfinished)[-min(pick, len(self.unfinished))]
             if what == "again":
                 self._revoke_token(self.unfinished[revocation_id], revocation_id, dies)
             else:
                 self._take_back(revocation_id)
+
+    def _undo(self, pick: int) -> None:
+        wide = [made for made in self.recorded.values() if made.scope is not Scope.TOKEN]
+        if not wide:
+            return
+        made = wide[-min(pick, len(wide))]
+        audit = AuditEntry(at=self.clock.now, action="undone")
+        undone = self.store.undo(made.id, batch_id=batch_id_of_undo(made.id), jws="x", audit=audit)
+        assert undone is not None
+        self.changes += 1
+        assert undone.cursor.position == self.changes
+        del self.recorded[made.id]
+        self.undone.append(made)
+        # What ended meanwhile was left to the revocation to tell.
+        assert bool(undone.untold) <= (self.store.services()[0].missed_since is not None)
 
     def _take_back(self, revocation_id: str) -> None:
         jti = self.unfinished.pop(revocation_id)
@@ -168,7 +187,8 @@ class Callers(RuleBasedStateMachine):
         recorded = self.store.revoke(made, batch_id=batch_id_of_revocation(made.id), jws="x", audit=noted(made))
         assert recorded.created
         self.recorded[made.id] = made
-        assert recorded.cursor.position == len(self.recorded)
+        self.changes += 1
+        assert recorded.cursor.position == self.changes
 
     # ---- the notifier
 
@@ -194,7 +214,7 @@ class Callers(RuleBasedStateMachine):
                 self._finish(claim.batch_id, claim.entries, settled=False, dies=dies)
 
     def _send_again(self, notice: OpenNotice, dies: int) -> None:
-        if notice.kind == "revocation":
+        if notice.kind != "expiry":
             if dies > TOLD:
                 self.store.receive([(SHOP, Receipt(batch_id=notice.batch_id, at=0, done=[0]))])
         elif dies > CLAIMED:
@@ -224,8 +244,13 @@ class Callers(RuleBasedStateMachine):
     def _finish(self, batch_id: str, entries: tuple[Claimed, ...], *, settled: bool, dies: int) -> None:
         """settle, tell, receipt: what follows a claim, here or in a later sweep."""
         assert partition_of_batch(batch_id) is not None
-        denylist = [change.revocation for change in self.store.changes(Cursor(self.store.head().epoch, 0))]
-        ends = {entry.n: entry.ends - _ended_by(denylist, entry) for entry in entries}
+        denylist = {}
+        for change in self.store.changes(Cursor(self.store.head().epoch, 0)):
+            if change.kind == "revoked":
+                denylist[change.revocation.id] = change.revocation
+            else:
+                del denylist[change.revocation.id]
+        ends = {entry.n: entry.ends - _ended_by(denylist.values(), entry) for entry in entries}
         if not settled:
             self.store.settle(batch_id, dead=[n for n, left in ends.items() if not left])
         if dies > SETTLED:
@@ -280,10 +305,11 @@ class Callers(RuleBasedStateMachine):
         raise AssertionError("the store does not become empty")
 
     def _widely_revoked(self, sid: str) -> bool:
-        return sid != "s1" and any(made.value in (sid, "alice") for made in self.recorded.values())
+        every = (*self.recorded.values(), *self.undone)
+        return sid != "s1" and any(made.value in (sid, "alice") for made in every)
 
 
-def _ended_by(denylist: list[Revocation], entry: Claimed) -> frozenset[str]:
+def _ended_by(denylist: Iterable[Revocation], entry: Claimed) -> frozenset[str]:
     refusing = (made for made in denylist if made.refuses(entry.ref, started=entry.started))
     return frozenset(end for made in refusing for end in made.ends)
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 from knell import store as contract
 from knell.denylist import strength
 from knell.errors import StoreUnavailable
-from knell.notices import batch_id_of_revocation, batch_id_of_undo
+from knell.notices import batch_id_of_revocation, batch_id_of_undo, new_batch_id
 from knell.revocations import Revocation
 from knell.store import AuditEntry, Change, Cursor, Recorded, ServiceStatus
 from knell.stores.feed import NO_EPOCH, changes_after
@@ -90,7 +90,7 @@ class RedisFeed(RedisPart):
     def undo(self, revocation_id: str, *, batch_id: str, jws: str, audit: AuditEntry) -> Recorded | None:
         answer = self._call_feed(
             "undo", self._now, revocation_id, batch_id_of_revocation(revocation_id), batch_id, jws,
-            contract.FIRST_RESEND_SECONDS, *pack_audit(audit),
+            contract.FIRST_RESEND_SECONDS, *pack_audit(audit), new_batch_id("m"),
         )  # fmt: skip
         if answer is None:
             return None

@@ -52,8 +52,12 @@ def undo(tx: Tx, revocation_id: str, *, batch_id: str, jws: str, audit: AuditEnt
         services = sql_log.services_of(tx, batch_id)
         return None if known is None else Recorded(Cursor(tx.epoch, known, revocation_id), False, services)
     tx.run(delete(denylist).where(denylist.c.id == revocation_id))
-    sql_denylist.count_names(tx, Revocation.from_json(json.loads(body)), -1)
+    revocation = Revocation.from_json(json.loads(body))
+    sql_denylist.count_names(tx, revocation, -1)
     untold = sql_log.close_undone(tx, batch_id_of_revocation(revocation_id))
+    for service in untold:
+        # Ends that this revocation was to tell are told by nobody now.
+        sql_log.mark_missed(tx, service, revocation.made_at)
     services = _tell(tx, "undone", revocation_id, body, position, batch_id, jws)
     sql_audit.note(tx, audit)
     return Recorded(Cursor(tx.epoch, position, revocation_id), True, services, untold)

@@ -1,5 +1,5 @@
 -- Takes a revocation back. ARGV: now, id, its batch id, the undo's batch id, JWS, seconds to the first re-send, audit
--- entry: id, when, the entry. Answers nothing if it is not on the denylist, else epoch, position, created, the number of
+-- entry: id, when, the entry; the beginning of batch ids for missed records. Answers nothing if it is not on the denylist, else epoch, position, created, the number of
 -- services of the undo's notice, these, then those that had not closed the revocation's own notice.
 local id, revoked, undone = ARGV[2], ARGV[3], ARGV[4]
 local epoch = redis.call('HGET', tag .. ':m', 'epoch')
@@ -28,9 +28,11 @@ local now = clock(ARGV[1])
 local _, _, revocation = unpack_revocation(packed)
 remove_revocation(id)
 local untold = waiting(record_key(revoked))
-for _, service in ipairs(untold) do
+for i, service in ipairs(untold) do
   redis.call('HSET', record_key(revoked), 's:' .. service, 'undone ' .. text(now))
   redis.call('HDEL', record_key(revoked), 'w:' .. service)
+  -- Ends that this revocation was to tell are told by nobody now.
+  mark_missed(service, text(cjson.decode(revocation).made_at), ARGV[10] .. '.' .. i, now)
 end
 close_record(revoked)
 local position = redis.call('HINCRBY', tag .. ':m', 'pos', 1)
