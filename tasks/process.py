@@ -17,7 +17,7 @@ from knell.errors import MessageRefused, Unavailable
 from knell.notifier import Notifier
 from knell.publisher import connect
 from knell.receipts import ReceiptsConsumer
-from knell.worker import before_first_message
+from knell.worker import before_first_message, ends_with_its_beat
 from tasks import app
 
 # A message that cannot be handled now goes back to its queue after this pause, so that a store outage is no hot loop.
@@ -63,6 +63,7 @@ def _prepare() -> None:
 
 
 before_first_message(app, _prepare)
+ends_with_its_beat(app)
 
 
 @worker_ready.connect

@@ -146,6 +146,10 @@ class Deployment:
         """Whether a process of ours has not ended."""
         return self._processes[name].poll() is None
 
+    def exit_code(self, name: str, *, seconds: float = 30.0) -> int:
+        """Wait for a process of ours to end by itself."""
+        return self._processes[name].wait(seconds)
+
     def stop_one(self, name: str, number: int = signal.SIGTERM) -> None:
         """Send a signal to a process and all its children, and wait for its end."""
         process = self._processes.pop(name)

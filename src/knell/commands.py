@@ -183,13 +183,26 @@ def what_to_do(jws: str) -> str:
     Raises:
         MessageRefused: it is none.
     """
+    return str(as_said(jws)["do"])
+
+
+def as_said(jws: str) -> dict[str, Any]:
+    """What a command says, for people to look at: `do`, who signed it, when, and the tokens or the revocation.
+
+    Its signature is not checked, nor are its values: the notifier does that.
+
+    Raises:
+        MessageRefused: it is none.
+    """
     try:
-        asked = jwt.decode(jws, options={"verify_signature": False}).get("do")
+        payload = jwt.decode(jws, options={"verify_signature": False})
     except (jwt.InvalidTokenError, ValueError) as error:
         raise MessageRefused(f"not a signed command: {error}") from None
+    asked = payload.get("do")
     if asked not in ("track", "revoke"):
         raise MessageRefused("the command asks neither to track nor to revoke")
-    return str(asked)
+    what = "tokens" if asked == "track" else "revocation"
+    return {name: payload.get(name) for name in ("do", "iss", "iat", "id", what)}
 
 
 def ends_key(ends: frozenset[str]) -> str:

@@ -312,13 +312,16 @@ class Notifier:
     def _resend(self, notice: OpenNotice, lacking: dict[str, bool], connection: Connection) -> int | None:
         """Send an open notice to the services whose queue cannot have it any more: absent, or empty.
 
-        Returns how many got it; None if the broker did not confirm.
+        One that was never confirmed goes to all that wait for it, behind whatever is in their queues: to wait for an
+        empty queue would put it off for as long as a service is behind. Returns how many got it; None if the broker
+        did not confirm.
         """
         now = self._clock.now()
         waiting = {name: each for name, each in notice.waiting.items() if each.hold_until <= now}
-        for name in waiting.keys() - lacking.keys():
-            lacking[name] = _lacks(name, connection)
-        waiting = {name: each for name, each in waiting.items() if lacking[name]}
+        if not notice.unsent:
+            for name in waiting.keys() - lacking.keys():
+                lacking[name] = _lacks(name, connection)
+            waiting = {name: each for name, each in waiting.items() if lacking[name]}
         if not waiting:
             return 0
         jws, shown = self._written(notice)

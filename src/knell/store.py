@@ -159,6 +159,7 @@ class OpenNotice:
         since: for kind "missed", since when notices were dropped.
         attempts: how often it was handed out by `open_notices`.
         waiting: the services that have not closed it.
+        unsent: an expiry or revocation that `resend_at(..., 0)` asked for: as far as anybody knows, no queue has it.
     """
 
     batch_id: str
@@ -170,6 +171,7 @@ class OpenNotice:
     since: float | None
     attempts: int
     waiting: Mapping[str, Waiting]
+    unsent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,15 +306,16 @@ class Begun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parked:
-    """Something that was given up on, kept to be looked at and replayed.
+    """Something that was given up on, kept to be looked at and replayed: a notice, a command, or a message that is neither.
 
     Attributes:
-        id: names it: "<service>/<batch id>.<n>", or a fresh id for a message that is no notice.
+        id: names it: "<service>/<batch id>.<n>", or a fresh id for what is no notice.
         service: the service whose queue it came from; "" for a queue that is no service's.
-        queue: the queue's name.
-        notice_id: the notice's id; None for a message that is no notice.
-        jws: the signed notice that it was part of; None for a message that is no notice.
-        body: such a message's body, at most its first 64 KiB; None for a notice.
+        queue: the queue's name; a command's is knell.commands.
+        notice_id: the notice's id; None for what is no notice.
+        jws: the signed notice that it was part of, or the signed command, which nobody has checked; None for a message
+            that is neither.
+        body: such a message's body, at most its first 64 KiB; None for the others.
         error: why, in one line.
         attempts: how often it was tried.
         at: when it was parked.
@@ -565,7 +568,7 @@ class Store(Feed, Dedupe, Protocol):
         """
 
     def resend_at(self, batch_ids: Collection[str], at: float) -> None:
-        """Let `open_notices` hand these out from `at` on (0: at once)."""
+        """Let `open_notices` hand these out from `at` on; 0: at once, as `unsent`."""
 
     def receive(self, receipts: Sequence[tuple[str, Receipt]]) -> None:
         """Apply receipts, each with the service's name.

@@ -7,6 +7,7 @@ and the worker goes on with the next message.
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar
@@ -32,6 +33,8 @@ from knell.wire import refusal
 ALLOWED = "knell_allowed_tasks"
 MAX_SHOWN = 200
 MISSING_QUEUE_SECONDS = 2.0
+# How often a worker that was started with -B looks whether its beat is alive.
+BEAT_SECONDS = 1.0
 _UNPRINTABLE = re.compile(r"[^\x20-\x7e\xa0-\ud7ff\ue000-\U0010ffff]+")
 # kombu's message methods log to a standard library logger.
 _kombu_log = get_logger(__name__)
@@ -71,6 +74,39 @@ def before_first_message(app: Celery, prepare: Callable[[], None]) -> None:
                 raise WorkerShutdown(1) from None
 
     app.steps["worker"].add(Prepare)
+
+
+def ends_with_its_beat(app: Celery) -> None:
+    """Have a worker of this app that was started with -B end when its beat has ended, with exit status 1.
+
+    Celery's goes on without it: nothing is swept from then on, and nobody is told. Whoever looks after the process
+    starts both anew.
+    """
+
+    class WatchBeat(bootsteps.StartStopStep):
+        """Looks at the child that beat runs in."""
+
+        name = "knell.watch_beat"
+        requires = ("celery.worker.components:Beat",)
+
+        def start(self, worker: Any) -> None:
+            self._ending = threading.Event()
+            if worker.beat is not None:
+                threading.Thread(target=self._watch, args=(worker.beat,), name="knell-watch-beat", daemon=True).start()
+
+        def stop(self, worker: Any) -> None:
+            self._ending.set()
+
+        def _watch(self, beat: Any) -> None:
+            while beat.is_alive():
+                if self._ending.wait(BEAT_SECONDS):
+                    return
+            # A signal to both, as a supervisor sends it, ends beat first: that is no failure.
+            if not self._ending.wait(BEAT_SECONDS) and state.should_stop is None and state.should_terminate is None:
+                log.critical("beat_has_ended", todo="see the log above it; the worker ends, to be started again")
+                state.should_stop = 1  # the consumer looks at it with every turn of its loop
+
+    app.steps["worker"].add(WatchBeat)
 
 
 def _allowed(app: Celery) -> Mapping[str, Collection[str]]:

@@ -111,6 +111,18 @@ def test_resend_at_decides_when(store: Store, batch_id: str, clock: Clock) -> No
     assert store.open_notices() == []
 
 
+def test_what_is_asked_for_at_once_is_said_to_be_unsent(store: Store, batch_id: str, clock: Clock) -> None:
+    """Only that once: the next time it comes up by itself. One that somebody missed may wait behind others."""
+    clock.advance(FIRST_RESEND_SECONDS)
+    assert [notice.unsent for notice in store.open_notices()] == [False]
+    store.resend_at([batch_id], 0)
+    assert [notice.unsent for notice in store.open_notices()] == [True]
+    clock.advance(LONGEST_RESEND_SECONDS)
+    assert [notice.unsent for notice in store.open_notices()] == [False]
+    store.mark_missed("shop", BEGAN)
+    assert [(notice.kind, notice.unsent) for notice in store.open_notices()] == [("missed", False)]
+
+
 def test_done_closes_entries_for_that_service_alone(store: Store, batch_id: str) -> None:
     """What one service has done stays open for the other."""
     done(store, "shop", batch_id, 0, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from knell import Settings
-from tests.deployment import ROOT, environ_of, make_keys
+from tests.deployment import ROOT, Deployment, environ_of, make_keys, on_servers
+from tests.servers import RabbitServer
 
 
 @pytest.mark.parametrize(
@@ -40,3 +42,44 @@ def test_a_wrong_setting_ends_the_worker_and_is_named(tmp_path: Path, changes: d
     said = worker.stdout + worker.stderr
     assert named in said
     assert " ready." not in said
+
+
+@pytest.mark.rabbitmq
+@pytest.mark.redis
+def test_a_worker_whose_beat_has_ended_ends_too(
+    tmp_path: Path, rabbitmq_server: RabbitServer, broker_url: str, redis_url: str
+) -> None:
+    """With -B: when the child that beat runs in has gone, so does the worker, with an error, to be started again."""
+    deployment = Deployment(tmp_path, on_servers(tmp_path, rabbitmq_server, broker_url, redis_url))
+    try:
+        deployment.prepare([])
+        deployment.start_notifier()
+        [beat] = children(deployment.pid("notifier"))
+        os.kill(beat, signal.SIGKILL)
+        assert deployment.exit_code("notifier") == 1
+        assert "beat_has_ended" in deployment.log_of("notifier").read_text()
+    finally:
+        deployment.stop()
+
+
+@pytest.mark.rabbitmq
+@pytest.mark.redis
+def test_a_worker_that_is_stopped_with_its_beat_has_not_failed(
+    tmp_path: Path, rabbitmq_server: RabbitServer, broker_url: str, redis_url: str
+) -> None:
+    """A supervisor's SIGTERM goes to both, and beat is the quicker one: that is no error."""
+    deployment = Deployment(tmp_path, on_servers(tmp_path, rabbitmq_server, broker_url, redis_url))
+    try:
+        deployment.prepare([])
+        deployment.start_notifier()
+        os.killpg(deployment.pid("notifier"), signal.SIGTERM)
+        assert deployment.exit_code("notifier") == 0
+        assert "beat_has_ended" not in deployment.log_of("notifier").read_text()
+    finally:
+        deployment.stop()
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    asked = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=True)
+    return [int(line) for line in asked.stdout.split()]

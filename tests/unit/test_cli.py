@@ -19,14 +19,16 @@ from typing import Any
 
 import pytest
 
-from knell import checkup
+from knell import checkup, commands
 from knell.cli.revocations import read_match
 from knell.errors import InvalidSettings, StoreUnavailable
-from knell.keys import NOTICE_TYPE, SigningKey, TrustList
+from knell.keys import COMMAND_TYPE, NOTICE_TYPE, SigningKey, TrustList
 from knell.notices import Cause, Receipt, batch_id_of_revocation
 from knell.revocations import Scope
 from knell.settings import Settings
 from knell.store import Parked, Store, open_store
+from knell.tokens import TokenRef
+from knell.topology import COMMANDS
 from tests.commandline import ISS, Knell, park
 from tests.deployment import environ_of, until
 
@@ -371,6 +373,31 @@ def test_parked_entries_are_listed_and_shown(knell: Knell, place: Settings, stor
     assert (shown["notice"]["jti"], shown["attempts"]) == ("t10", 8)
     knell("parked", "show", "shop/e0-b.3", exit_code=4)
     knell("parked", "list", "--service", "nobody", exit_code=4)
+
+
+def test_a_parked_command_shows_what_it_asks_for(knell: Knell, place: Settings, store: Store) -> None:
+    """To track or to revoke what, and who signed it; a message that only looks like one is said to be unreadable."""
+    key = SigningKey.generate()
+    now = store.time()
+    refs = [TokenRef(iss=ISS, jti=f"t{n}", exp=now + 60) for n in range(9)]
+    jwss = {
+        "/1": commands.sign_track(refs, key=key, signer=ISS, audience=place.audience, now=now),
+        "/2": key.sign({"do": "revoke", "revocation": {"match": {"sub": "alice\x1b"}}}, typ=COMMAND_TYPE),
+        "/3": key.sign({"do": "dance"}, typ=COMMAND_TYPE),
+    }
+    store.park(
+        [Parked(id=id, service="", queue=COMMANDS, error="rejected", at=now, jws=jws) for id, jws in jwss.items()]
+    )
+    asked = {id: knell("parked", "show", id)["command"] for id in jwss}
+    assert (asked["/1"]["do"], asked["/1"]["iss"]) == ("track", ISS)
+    assert [each["jti"] for each in asked["/1"]["tokens"]] == [f"t{n}" for n in range(9)]
+    assert asked["/2"]["revocation"]["match"] == {"sub": "alice\x1b"}
+    assert "neither to track nor to revoke" in asked["/3"]["unreadable"]
+    shown = knell.run("parked", "show", "/1").stdout
+    assert "and 4 more" in shown
+    assert "t8" not in shown
+    assert "\x1b" not in knell.run("parked", "show", "/2").stdout
+    assert knell("parked", "show", "/1")["notice"] is None
 
 
 def test_parked_entries_of_one_batch_are_replayed_in_one_message(knell: Knell, place: Settings, store: Store) -> None:

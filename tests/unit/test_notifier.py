@@ -416,6 +416,19 @@ def test_the_sweep_sends_again_only_to_an_empty_queue(world: World) -> None:
     assert [notice.id for notice in world.told()] == [notice.id for notice in first]
 
 
+def test_what_was_never_published_does_not_wait_for_an_empty_queue(world: World) -> None:
+    """The next sweep puts it behind what a slow service still has to do; and only once: from then on its queue has it."""
+    world.track(token("t1", ends_in=10), token("t2", ends_in=11))
+    world.clock.advance(11)
+    world.notifier.expire(BASE + 10)
+    with without_confirms(world.notifier.publisher, NOTICES):
+        world.notifier.expire(BASE + 11)
+    assert world.notifier.sweep().resent == 1
+    world.clock.advance(3600)
+    assert world.notifier.sweep().resent == 0
+    assert [notice.jti for notice in world.told()] == ["t1", "t2"]
+
+
 def test_what_was_receipted_is_not_sent_again(world: World) -> None:
     """Only the entries that are still open are sent again."""
     world.track(token("t1", ends_in=10), token("t2", ends_in=10))

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from knell import commands
 from knell import replay as replaying
 from knell.cli.opened import check_registered, opened_store
 from knell.cli.output import Exit, NotFound, Output, confirm, finish, moment, output_of, printable, table
@@ -22,6 +23,8 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="What servic
 
 # Each may hold a signed notice of 500 entries, and all of an answer is in memory.
 MOST_LISTED = 10_000
+# A command to track has up to 500 tokens, and a terminal has 50 lines.
+MOST_SHOWN = 5
 
 Ids = Annotated[list[str], typer.Argument(metavar="ID", help="As `knell parked list` prints them.")]
 ServiceName = Annotated[
@@ -58,17 +61,17 @@ def show(
     context: typer.Context,
     parked_id: Annotated[str, typer.Argument(metavar="ID", help="As `knell parked list` prints it.")],
 ) -> None:
-    """Show one parked entry: its error, and the notice or the message that it is."""
+    """Show one parked entry: its error, and the notice, the command or the message that it is."""
     with opened_store(Settings.from_environ()) as store:
         parked = _found(store, parked_id)
-    document = _document(parked) | {"notice": _notice(parked), "body": _body(parked)}
+    document = _document(parked) | {"notice": _notice(parked), "command": _command(parked), "body": _body(parked)}
     fields = Table(box=None, show_header=False, pad_edge=False)
     fields.add_column(style="bold")
     fields.add_column(overflow="fold")
     for name, value in document.items():
         if isinstance(value, dict):
             for key, inner in value.items():
-                fields.add_row(f"{name}.{key}", printable(str(inner)))
+                fields.add_row(f"{name}.{key}", printable(_in_short(inner)))
         elif value is not None:
             fields.add_row(name, moment(value) if name == "at" else printable(str(value)))
     output_of(context).answer(document, fields)
@@ -162,13 +165,28 @@ def _document(parked: Parked) -> dict[str, Any]:
 
 
 def _notice(parked: Parked) -> dict[str, Any] | None:
-    if parked.jws is None:
+    if parked.jws is None or parked.notice_id is None:
         return None
     try:
         entries = replaying.read_batch(parked.jws).entries
     except MessageRefused as error:
         return {"unreadable": str(error)}
     return next((each.as_json() for each in entries if each.n == replaying.number_of(parked)), None)
+
+
+def _command(parked: Parked) -> dict[str, Any] | None:
+    if parked.jws is None or parked.notice_id is not None:
+        return None
+    try:
+        return commands.as_said(parked.jws)
+    except MessageRefused as error:
+        return {"unreadable": str(error)}
+
+
+def _in_short(value: Any) -> str:
+    if isinstance(value, list) and len(value) > MOST_SHOWN:
+        return f"{value[:MOST_SHOWN]} and {len(value) - MOST_SHOWN} more (--json shows them)"
+    return str(value)
 
 
 def _body(parked: Parked) -> str | None:

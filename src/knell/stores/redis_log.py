@@ -37,6 +37,7 @@ class RedisLog(RedisPart):
             for batch_id, at in zip(flat[::2], flat[1::2], strict=True)
         )[:limit]
         chosen = {tag: [batch_id for _, its, batch_id in ready if its == tag] for tag in tags}
+        unsent = {batch_id for at, _, batch_id in ready if at == 0}
         first, longest = contract.FIRST_RESEND_SECONDS, contract.LONGEST_RESEND_SECONDS
         mark = secrets.token_bytes(8)
         taken = self._link.run(
@@ -50,7 +51,7 @@ class RedisLog(RedisPart):
         records = {batch_id.decode(): pairs(record) for answer in taken for batch_id, record in answer}
         found = read_notices(
             {batch_id: int(record[b"a"]) for batch_id, record in records.items()},
-            lambda batch_id: _read_notice(batch_id, records[batch_id], removed),
+            lambda batch_id: _read_notice(batch_id, records[batch_id], removed, unsent=batch_id.encode() in unsent),
         )
         return sorted((notice for notice in found if notice.waiting), key=lambda notice: notice.created_at)
 
@@ -131,7 +132,7 @@ def _receipt_arguments(service: str, receipt: Receipt) -> tuple[str | bytes, ...
     )
 
 
-def _read_notice(batch_id: str, record: Mapping[bytes, bytes], removed: Collection[str]) -> OpenNotice:
+def _read_notice(batch_id: str, record: Mapping[bytes, bytes], removed: Collection[str], *, unsent: bool) -> OpenNotice:
     kind = _KINDS[record[b"k"]]
     waiting = {
         name[2:].decode(): _read_waiting(record[b"l"], part) for name, part in record.items() if name.startswith(b"w:")
@@ -146,6 +147,7 @@ def _read_notice(batch_id: str, record: Mapping[bytes, bytes], removed: Collecti
         since=float(record[b"z"]) if b"z" in record else None,
         attempts=int(record[b"a"]),
         waiting={name: waiting[name] for name in sorted(waiting) if name not in removed},
+        unsent=unsent and kind != "missed",
     )
 
 

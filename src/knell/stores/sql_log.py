@@ -288,6 +288,7 @@ def _open_notice(row: Row[Any], waiting: Mapping[str, Mapping[str, Any]]) -> Ope
             service: Waiting(_numbers(int(one["todo"], 16), everything), one["hold_until"])
             for service, one in waiting.items()
         },
+        unsent=row.kind != "missed" and row.resend_at == 0,
     )
 
 
