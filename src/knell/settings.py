@@ -319,8 +319,13 @@ def _check_paths(settings: Settings) -> None:
 
 def check_service_name(name: str) -> str:
     """A service's name: `^[a-z][a-z0-9_-]{0,62}$`; InvalidSettings otherwise."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    if not is_service_name(name):
         raise InvalidSettings(
             f"{name!r} is no service name; use a lower-case letter, then letters, digits, '_' or '-', 63 at most"
         )
     return name
+
+
+def is_service_name(name: object) -> bool:
+    """Whether a service may be called that."""
+    return isinstance(name, str) and _NAME.fullmatch(name) is not None

@@ -306,7 +306,7 @@ class Begun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parked:
-    """Something that was given up on, kept to be looked at and replayed: a notice, a command, or a message that is neither.
+    """What was given up on, kept to be looked at and replayed: a notice, a command, or a message that is neither.
 
     Attributes:
         id: names it: "<service>/<batch id>.<n>", or a fresh id for what is no notice.

@@ -35,6 +35,8 @@ MAX_SHOWN = 200
 MISSING_QUEUE_SECONDS = 2.0
 # How often a worker that was started with -B looks whether its beat is alive.
 BEAT_SECONDS = 1.0
+# Its types say that nobody sets it.
+worker_state: Any = state
 _UNPRINTABLE = re.compile(r"[^\x20-\x7e\xa0-\ud7ff\ue000-\U0010ffff]+")
 # kombu's message methods log to a standard library logger.
 _kombu_log = get_logger(__name__)
@@ -104,7 +106,7 @@ def ends_with_its_beat(app: Celery) -> None:
             # A signal to both, as a supervisor sends it, ends beat first: that is no failure.
             if not self._ending.wait(BEAT_SECONDS) and state.should_stop is None and state.should_terminate is None:
                 log.critical("beat_has_ended", todo="see the log above it; the worker ends, to be started again")
-                state.should_stop = 1  # the consumer looks at it with every turn of its loop
+                worker_state.should_stop = 1  # the consumer looks at it with every turn of its loop
 
     app.steps["worker"].add(WatchBeat)
 

@@ -417,7 +417,7 @@ def test_the_sweep_sends_again_only_to_an_empty_queue(world: World) -> None:
 
 
 def test_what_was_never_published_does_not_wait_for_an_empty_queue(world: World) -> None:
-    """The next sweep puts it behind what a slow service still has to do; and only once: from then on its queue has it."""
+    """The next sweep puts it behind what a slow service still has to do; once, for its queue has it from then on."""
     world.track(token("t1", ends_in=10), token("t2", ends_in=11))
     world.clock.advance(11)
     world.notifier.expire(BASE + 10)

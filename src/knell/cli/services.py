@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import asdict
 from typing import Annotated
 
@@ -10,7 +9,8 @@ import typer
 
 from knell import topology
 from knell.cli.opened import check_registered, opened_store
-from knell.cli.output import confirm, moment, output_of, table
+from knell.cli.output import Output, confirm, moment, output_of, table
+from knell.cli.rabbitmqctl import commands
 from knell.connection import connect, queue_depth
 from knell.errors import BrokerUnavailable
 from knell.settings import Settings, check_service_name
@@ -33,17 +33,18 @@ def add(context: typer.Context, name: Name) -> None:
         with connect(settings) as connection:
             topology.declare(connection, [name], settings=settings)
         added = store.add_service(name)
-    permissions = topology.permissions(name)
+    [account] = (each for each in topology.accounts(settings.namespace, [name]) if each.whose == name)
     document = {
         "service": name,
         "added": added,
         "queue": topology.service_queue(name),
-        "permissions": asdict(permissions),
+        "account": account.name,
+        "permissions": asdict(account.permissions),
     }
     output_of(context).answer(
         document,
         f"service {name} {'is registered' if added else 'was registered before'}; its queue {document['queue']} exists",
-        *([] if settings.embedded else _commands(name, permissions, topology.vhost_of(settings))),
+        *([] if settings.embedded else _about(account, topology.vhost_of(settings))),
     )
 
 
@@ -56,7 +57,10 @@ def remove(
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Remove a service: no notice waits for it any more. Without --delete-queue its queue stays, and fills."""
+    """Remove a service: no notice waits for it any more. Without --delete-queue its queue stays, and fills.
+
+    Its account on the broker loses its rights and its connections, if KNELL_BROKER_API_URL is an administrator's.
+    """
     out = output_of(context)
     settings = Settings.from_environ()
     with opened_store(settings) as store:
@@ -65,11 +69,13 @@ def remove(
             more = ", with its queue and every message in it" if delete_queue else ""
             confirm(f"Remove service {name}{more}?", out)
         store.remove_service(name)
+    withdrawn = _withdraw(settings, name, out)
     if delete_queue:
         with connect(settings) as connection:
             topology.remove_service(connection, name)
     left = "" if delete_queue else f"; its queue {topology.service_queue(name)} is still there"
-    out.answer({"service": name, "removed": True, "queue_deleted": delete_queue}, f"service {name} is removed{left}")
+    document = {"service": name, "removed": True, "queue_deleted": delete_queue, "account_withdrawn": withdrawn}
+    out.answer(document, f"service {name} is removed{left}")
 
 
 @app.command(name="list", short_help="List the services and what waits for them.")
@@ -100,6 +106,35 @@ def list_(context: typer.Context) -> None:
     out.answer(document, table(("SERVICE", "SINCE", "WAITING", "MISSED SINCE"), rows) if rows else "none")
 
 
+def _about(account: topology.Account, vhost: str) -> list[str]:
+    return [
+        f"its account {account.name} on the broker needs no more than what `knell topology apply --passwords FOLDER`",
+        "gives it; so do these, run on the broker:",
+        *(f"  {command}" for command in commands(account, vhost)),
+    ]
+
+
+def _withdraw(settings: Settings, name: str, out: Output) -> bool:
+    """Take the rights of a removed service's account away; whether that was done."""
+    if settings.embedded:
+        return False
+    account, vhost = topology.account_name(settings.namespace, "service", name), topology.vhost_of(settings)
+    command = f"rabbitmqctl clear_permissions -p {vhost} {account}"
+    left = f"its account on the broker, if it has one, keeps its rights: {command}"
+    if settings.broker_api_url is None:
+        out.note(left)
+        return False
+    if account in topology.in_use(settings):
+        out.note(f"{account} is the account that this command runs on, and keeps its rights")
+        return False
+    try:
+        topology.withdraw(settings.broker_api_url, vhost, account)
+    except BrokerUnavailable as error:
+        out.note(f"{left} ({error})")
+        return False
+    return True
+
+
 def _depths(settings: Settings, services: list[ServiceInfo]) -> dict[str, int | None]:
     if not services:
         return {}
@@ -112,21 +147,3 @@ def _depth(service: ServiceInfo, depths: dict[str, int | None]) -> str:
         return "unknown"
     depth = depths[service.name]
     return "no queue" if depth is None else str(depth)
-
-
-def _commands(name: str, permissions: topology.Permissions, vhost: str) -> list[str]:
-    """The rabbitmqctl commands that give a service's account what it needs; the account is called like the service."""
-    host = shlex.quote(vhost)
-    rights = shlex.join([permissions.configure, permissions.write, permissions.read])
-    alike: dict[tuple[str, str], list[str]] = {}
-    for exchange, expressions in permissions.topics.items():
-        alike.setdefault(expressions, []).append(exchange)
-    return [
-        f"its account on the broker (here called {name}) needs no more than:",
-        f"  rabbitmqctl set_permissions -p {host} {name} {rights}",
-        *(
-            f"  for exchange in {' '.join(exchanges)}; do "
-            f'rabbitmqctl set_topic_permissions -p {host} {name} "$exchange" {shlex.join(expressions)}; done'
-            for expressions, exchanges in alike.items()
-        ),
-    ]

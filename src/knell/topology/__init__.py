@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from knell.topology.accounts import Asked, Outcome, apply_accounts, in_use
+from knell.topology.api import ApiRefused
 from knell.topology.check import Finding, check, in_short, missing
+from knell.topology.compare import Row, compare
 from knell.topology.declare import declare, remove_service
 from knell.topology.names import (
     COMMANDS,
@@ -22,9 +25,11 @@ from knell.topology.names import (
     service_of_queue,
     service_queue,
 )
-from knell.topology.permissions import Permissions, permissions
+from knell.topology.passwords import Passwords
+from knell.topology.permissions import Account, Permissions, account_name, accounts, permissions
 from knell.topology.plan import belongs, kombu_queue
 from knell.topology.policies import apply_policies, policy_command, vhost_of
+from knell.topology.users import withdraw
 
 __all__ = [
     # names
@@ -45,19 +50,31 @@ __all__ = [
     "service_of_queue",
     "service_queue",
     # making it
+    "apply_accounts",
     "apply_policies",
+    "Asked",
     "declare",
     "kombu_queue",
+    "Outcome",
+    "Passwords",
     "policy_command",
     "remove_service",
+    "withdraw",
     "vhost_of",
     # looking at it
+    "ApiRefused",
     "Finding",
+    "Row",
     "check",
+    "compare",
     "in_short",
     "missing",
     # who may do what
+    "Account",
     "Permissions",
+    "account_name",
+    "accounts",
     "belongs",
+    "in_use",
     "permissions",
 ]  # fmt: skip

@@ -13,11 +13,15 @@ from kombu.transport.native_delayed_delivery import MAX_LEVEL, level_name
 from knell.connection import BROKER_ERRORS, connect, hosts
 from knell.errors import BrokerUnavailable
 from knell.settings import Settings
+from knell.topology.accounts import planned, unplanned
+from knell.topology.api import ApiRefused
 from knell.topology.names import DELAYED
 from knell.topology.plan import EXCHANGES, QueuePlan, queues
 from knell.topology.policies import bindings, policy_command, policy_in_force, vhost_of
+from knell.topology.users import differences, read_users
 
 APPLY = "run `knell topology apply`"
+APPLY_ACCOUNTS = "run `knell topology apply --passwords FOLDER`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +107,33 @@ def _check_with_api(settings: Settings, services: Iterable[str], *, look_at_bind
             yield Finding(True, "broker: what the delay ladder cannot deliver is caught")
         else:
             yield Finding(False, "broker: no policy catches what the delay ladder cannot deliver", APPLY)
+        yield from _check_accounts(settings, api_url, services)
     except BrokerUnavailable as error:
         yield Finding(False, f"broker: {error}", "correct KNELL_BROKER_API_URL, or the rights of its account")
+
+
+def _check_accounts(settings: Settings, api_url: str, services: Iterable[str]) -> Iterator[Finding]:
+    try:
+        users = read_users(api_url, vhost_of(settings))
+    except ApiRefused:
+        yield Finding(True, "accounts: not looked at, for KNELL_BROKER_API_URL is no administrator's")
+        return
+    if not any(name.startswith(f"{settings.namespace}.") for name in users):
+        yield Finding(True, "accounts: none has the rights of one process alone; see `knell topology permissions`")
+        return
+    wrong = 0
+    plan = planned(settings, services, users)
+    for account in plan:
+        user = users.get(account.name)
+        unlike = ["is missing"] if user is None else differences(account, user)
+        wrong += bool(unlike)
+        if unlike:
+            yield Finding(False, f"accounts: {account.name}: {'; '.join(unlike)}", APPLY_ACCOUNTS)
+    for name in unplanned(settings, plan, users):
+        wrong += 1
+        yield Finding(False, f"accounts: {name} has rights, and no such service is registered", APPLY)
+    if not wrong:
+        yield Finding(True, "accounts: each has the rights that it needs")
 
 
 def _bound(unbound: list[str]) -> Iterator[Finding]:
