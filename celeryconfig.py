@@ -39,11 +39,17 @@ task_time_limit = None
 task_soft_time_limit = None
 
 # The pull-based backstop. Its message expires within the interval, so that a stopped notifier finds one, not hundreds.
+# To a queue alone Celery would send it through the default exchange, and who may write there may write to every queue.
 beat_schedule: dict[str, Any] = {
     "knell.sweep": {
         "task": "knell.sweep",
         "schedule": _settings.sweep_interval_seconds,
-        "options": {"queue": topology.SWEEP, "expires": _settings.sweep_interval_seconds},
+        "options": {
+            "queue": topology.SWEEP,
+            "exchange": topology.SWEEP,
+            "routing_key": topology.SWEEP,
+            "expires": _settings.sweep_interval_seconds,
+        },
     }
 }
 # One entry on a fixed interval: there is nothing to remember between starts, so no schedule file.

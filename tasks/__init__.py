@@ -7,7 +7,7 @@ from celery import Celery
 from knell import messages, topology
 from knell.worker import allow
 
-app = Celery("knell")
+app = Celery("knell", control="knell.worker:NoRemoteControl")
 app.config_from_object("celeryconfig")
 # A task runs only from its own queue, whatever a message's header says.
 allow(

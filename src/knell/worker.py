@@ -16,6 +16,7 @@ from uuid import NAMESPACE_OID, UUID, uuid5
 import structlog
 from amqp.exceptions import AccessRefused, NotAllowed, NotFound
 from celery import Celery, bootsteps
+from celery.app.control import Control
 from celery.events.event import event_exchange
 from celery.exceptions import InvalidTaskError, WorkerShutdown
 from celery.utils.log import get_logger
@@ -38,6 +39,8 @@ BEAT_SECONDS = 1.0
 # Its types say that nobody sets it.
 worker_state: Any = state
 _UNPRINTABLE = re.compile(r"[^\x20-\x7e\xa0-\ud7ff\ue000-\U0010ffff]+")
+# For every process that has an app of Knell's, Flower too: the topology has it, and who may declare it may delete it.
+event_exchange.no_declare = True
 # kombu's message methods log to a standard library logger.
 _kombu_log = get_logger(__name__)
 log = structlog.get_logger(__name__)
@@ -116,6 +119,17 @@ def _allowed(app: Celery) -> Mapping[str, Collection[str]]:
     return found
 
 
+class NoRemoteControl(Control):
+    """Celery's remote control with nobody at the other end, for `Celery(control=...)`.
+
+    Flower wakes and inspects workers through it. They do not listen, and its account may not declare what it would
+    take to ask them; it would then show no event at all.
+    """
+
+    def broadcast(self, *args: Any, **kwargs: Any) -> None:
+        """Ask nobody, and hear nothing."""
+
+
 class Events(events.Events):
     """Celery's step that sends what Flower shows, without declaring the exchange each time.
 
@@ -127,7 +141,6 @@ class Events(events.Events):
         if not _declared(c.connection, name):
             log.warning("no_task_events", error=f"there is no exchange {name}, and no right to declare it")
             self.send_events = False
-        event_exchange.no_declare = True
         super().start(c)
 
 

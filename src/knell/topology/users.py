@@ -103,9 +103,14 @@ def withdraw(api_url: str, vhost: str, name: str) -> None:
     host, user = _path(vhost), _path(name)
     call_api(api_url, "DELETE", f"/api/permissions/{host}/{user}", absent_is_none=True)
     call_api(api_url, "DELETE", f"/api/topic-permissions/{host}/{user}", absent_is_none=True)
-    for each in call_api(api_url, "GET", f"/api/connections/username/{user}", absent_is_none=True) or []:
-        if each["vhost"] == vhost:
-            call_api(api_url, "DELETE", f"/api/connections/{_path(each['name'])}", absent_is_none=True)
+    found = call_api(api_url, "GET", f"/api/connections/username/{user}", absent_is_none=True) or []
+    here = [each["name"] for each in found if each["vhost"] == vhost]
+    if len(here) == len(found):
+        # All at once: by its name, the API knows a connection only seconds after it was opened.
+        call_api(api_url, "DELETE", f"/api/connections/username/{user}", absent_is_none=True)
+    else:
+        for name in here:
+            call_api(api_url, "DELETE", f"/api/connections/{_path(name)}", absent_is_none=True)
 
 
 def _user(user: Any, here: Any, topics: Any, rights: Any, vhost: str) -> User:
