@@ -20,6 +20,5 @@ WORKDIR /srv/knell
 COPY celeryconfig.py flowerconfig.py ./
 COPY tasks tasks
 COPY services services
-COPY deploy/accounts.py deploy/accounts.py
 USER knell
 CMD ["knell", "--help"]

@@ -1,4 +1,4 @@
-"""`knell topology apply` and the accounts of a real broker: made, put right, given new passwords; nobody is locked out."""
+"""`knell topology apply` and a real broker's accounts: made, put right, given new passwords, and nobody locked out."""
 
 from __future__ import annotations
 

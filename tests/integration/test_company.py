@@ -58,6 +58,8 @@ class Compose:
             "@rabbitmq:5672/knell": f"@127.0.0.1:{broker.port}/{self.vhost}",
             "@rabbitmq:15672": f"@{str(broker.api_url).rpartition('@')[2]}",
             "/keys/": f"{home}/keys/",
+            "/tmp/passwords": f"{home}/passwords",
+            "$$": "$",
             "0.0.0.0": "127.0.0.1",
         }
         for folder in ("private", "trust"):  # as the Dockerfile makes them
@@ -67,7 +69,9 @@ class Compose:
         broker.api("PUT", "/api/users/knell", admin)
         broker.api("PUT", f"/api/permissions/{self.vhost}/knell", {"configure": ".*", "write": ".*", "read": ".*"})
         environ = self._environ("notifier")
-        self.settings = Settings(broker_url=environ["KNELL_BROKER_URL"], store_url=environ["KNELL_STORE_URL"])
+        where = environ["KNELL_BROKER_URL"].rpartition("@")[2]
+        broker_url = f"amqp://knell.issuer.auth:{self._env_file['AUTH_BROKER_PASSWORD']}@{where}"
+        self.settings = Settings(broker_url=broker_url, store_url=environ["KNELL_STORE_URL"])
 
     def run(self, name: str) -> None:
         """A service that ends by itself, in the folder that the image has copied."""
@@ -208,17 +212,20 @@ def test_every_service_ends_a_session_by_either_way(company: Composed, how: str)
 
 
 def test_each_service_logs_in_as_itself(company: Composed) -> None:
-    """No service's process has a connection to the broker under another account than its own."""
+    """No process has a connection to the broker under another account than its own, and nobody is refused anything."""
 
     def accounts() -> set[str]:
         found = company.broker.api("GET", f"/api/vhosts/{company.compose.vhost}/connections")
         return {each["user"] for each in found if each.get("user")}
 
-    until(lambda: accounts() >= {"knell", *SERVICE_NAMES}, what="every account has a connection")
-    for name in SERVICE_NAMES:
+    names = {name: f"knell.service.{name}" for name in SERVICE_NAMES}
+    names |= {name: f"knell.{name}" for name in ("notifier", "beat", "flower")}
+    until(lambda: accounts() == {"knell.issuer.auth", *names.values()}, what="each account has a connection, no other")
+    for name, account in names.items():
         log = company.processes[name].log.read_text()
-        assert f"amqp://{name}:**@" in log
-        assert "amqp://knell:" not in log
+        assert f"amqp://{account}:**@" in log
+        assert not re.search(r"amqp://(?!" + re.escape(account) + ")", log)
+        assert "ACCESS_REFUSED" not in log
 
 
 @pytest.mark.parametrize("name", [*WORKERS, "beat"])

@@ -1,4 +1,4 @@
-"""What docker-compose.yml relies on: broker accounts with the least rights, and a sign of life that tells the truth."""
+"""What docker-compose.yml relies on: servers that keep what they have, and a sign of life that tells the truth."""
 
 from __future__ import annotations
 
@@ -10,14 +10,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
 from uuid import uuid4
 
 import pytest
 import redis
-from amqp.exceptions import AccessRefused
-from kombu import Connection
 
 from knell import topology
 from knell.connection import connect
@@ -27,67 +23,6 @@ from tests.servers import RABBITMQ_BIN, Process, RabbitServer, find_program, fre
 from tests.unit.test_compose import SERVICES
 
 pytestmark = [pytest.mark.rabbitmq]
-
-
-# ---- accounts
-
-
-@pytest.fixture
-def accounts(rabbitmq_server: RabbitServer, settings: Callable[..., Settings], tmp_path: Path) -> dict[str, str]:
-    """The accounts that deploy/accounts.py makes: the AMQP URL of each service."""
-    made = settings(broker_url=rabbitmq_server.vhost(), broker_api_url=rabbitmq_server.api_url)
-    with connect(made) as connection:
-        topology.declare(connection, ["shop", "partner"], settings=made)
-    passwords = {"SHOP_BROKER_PASSWORD": "shop-secret", "PARTNER_BROKER_PASSWORD": "partner-secret"}
-    command = [sys.executable, "deploy/accounts.py", "shop", "partner"]
-    for _ in range(2):  # again, as each start of a deployment does
-        done = subprocess.run(
-            command, cwd=ROOT, env=environ_of(made) | passwords, capture_output=True, text=True, timeout=60
-        )
-        assert done.returncode == 0, done.stderr
-        assert "secret" not in done.stdout
-    url = urlsplit(made.broker_url)
-    return {name: f"amqp://{name}:{name}-secret@{url.hostname}:{url.port}{url.path}" for name in ("shop", "partner")}
-
-
-def test_an_account_reads_its_own_queue_only(accounts: dict[str, str]) -> None:
-    """The shop can consume what is the shop's, and nothing that is the partner's or the notifier's."""
-    with Connection(accounts["shop"]) as connection:
-        channel: Any = connection.channel()
-        channel.basic_get(topology.service_queue("shop"))
-        for queue in (topology.service_queue("partner"), topology.RECEIPTS, topology.COMMANDS, topology.EXPIRY):
-            refused: Any = connection.channel()
-            with pytest.raises(AccessRefused):
-                refused.basic_get(queue)
-
-
-def test_an_account_speaks_for_itself_only(accounts: dict[str, str]) -> None:
-    """The shop cannot tell a notice, command anything, or answer for the partner."""
-    forbidden = [
-        (topology.NOTICES, ""),
-        (topology.COMMANDS, topology.COMMANDS),
-        (topology.RECEIPTS, topology.receipt_key("partner")),
-        (topology.RETRY, topology.retry_key("partner")),
-    ]
-    allowed = [(topology.RECEIPTS, topology.receipt_key("shop")), (topology.RETRY, topology.retry_key("shop"))]
-    options = {"confirm_publish": True}
-    with Connection(accounts["shop"], transport_options=options) as connection:
-        for exchange, key in allowed:
-            connection.Producer().publish({}, exchange=exchange, routing_key=key)
-    for exchange, key in forbidden:
-        with Connection(accounts["shop"], transport_options=options) as connection, pytest.raises(AccessRefused):
-            connection.Producer().publish({}, exchange=exchange, routing_key=key)
-
-
-def test_a_missing_password_is_named(rabbitmq_server: RabbitServer, settings: Callable[..., Settings]) -> None:
-    """Nothing is made before every password is there."""
-    made = settings(broker_url=rabbitmq_server.vhost(), broker_api_url=rabbitmq_server.api_url)
-    command = [sys.executable, "deploy/accounts.py", "attic", "cellar"]  # names that no other test has made
-    environ = environ_of(made) | {"ATTIC_BROKER_PASSWORD": "attic-secret"}
-    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=60)
-    assert done.returncode != 0
-    assert "CELLAR_BROKER_PASSWORD is not set" in done.stderr
-    assert not {"attic", "cellar"} & {user["name"] for user in rabbitmq_server.api("GET", "/api/users")}
 
 
 # ---- the servers

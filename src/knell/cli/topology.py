@@ -81,12 +81,13 @@ def apply(
     _check(settings, asked, without_accounts=without_accounts)
     with opened_store(settings) as store:
         services = [service.name for service in store.services()]
+    # First: of all that is asked for, a name or a file that cannot be used ends it with nothing changed.
+    outcomes = [] if dry_run or without_accounts else _accounts(settings, services, asked, out)
     with connect(settings) as connection:
         missing = topology.missing(connection, services, settings=settings)
         if not dry_run:
             topology.declare(connection, services, settings=settings)
     policies, command = ("not set", None) if dry_run else _policies(settings, without_policies)
-    outcomes = [] if dry_run or without_accounts else _accounts(settings, services, asked, out)
     document = {
         "applied": not dry_run,
         "services": services,
