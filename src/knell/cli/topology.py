@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -82,12 +82,13 @@ def apply(
     with opened_store(settings) as store:
         services = [service.name for service in store.services()]
     # First: of all that is asked for, a name or a file that cannot be used ends it with nothing changed.
-    outcomes = [] if dry_run or without_accounts else _accounts(settings, services, asked, out)
+    make_accounts = _accounts(settings, services, asked, out) if not (dry_run or without_accounts) else None
     with connect(settings) as connection:
         missing = topology.missing(connection, services, settings=settings)
         if not dry_run:
             topology.declare(connection, services, settings=settings)
     policies, command = ("not set", None) if dry_run else _policies(settings, without_policies)
+    outcomes = _made(make_accounts(), out) if make_accounts is not None else []
     document = {
         "applied": not dry_run,
         "services": services,
@@ -176,16 +177,20 @@ def _policies(settings: Settings, without: bool) -> tuple[str, str | None]:
 
 def _accounts(
     settings: Settings, services: Collection[str], asked: topology.Asked, out: Output
-) -> list[topology.Outcome]:
+) -> Callable[[], list[topology.Outcome]] | None:
     if settings.embedded or settings.broker_api_url is None:
-        return []
+        return None
     try:
-        outcomes = topology.apply_accounts(settings, services, asked)
+        return topology.prepare_accounts(settings, services, asked)
     except topology.ApiRefused as error:
         if asked.named or asked.issuers or asked.passwords:
             raise
         out.note(f"accounts were not looked at, for KNELL_BROKER_API_URL is no administrator's ({error})")
-        return []
+        return None
+
+
+def _made(outcomes: Sequence[topology.Outcome], out: Output) -> list[topology.Outcome]:
+    """Those that were not left out, which a note tells, for want of a folder."""
     absent = [each.account for each in outcomes if each.state == "not made"]
     if absent:
         out.note(f"--passwords FOLDER would make {len(absent)} accounts: {', '.join(absent)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from knell.topology.accounts import Asked, Outcome, apply_accounts, in_use
+from knell.topology.accounts import Asked, Outcome, apply_accounts, in_use, prepare_accounts
 from knell.topology.api import ApiRefused
 from knell.topology.check import Finding, check, in_short, missing
 from knell.topology.compare import Row, compare
@@ -58,6 +58,7 @@ __all__ = [
     "Outcome",
     "Passwords",
     "policy_command",
+    "prepare_accounts",
     "remove_service",
     "withdraw",
     "vhost_of",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -61,6 +61,9 @@ class Asked:
         return frozenset({*self.rotate, *self.include, *self.remove})
 
 
+NOTHING_MORE = Asked()
+
+
 def in_use(settings: Settings) -> frozenset[str]:
     """The accounts that the notifier, and whoever has these settings, runs on: a change may lock them out."""
     urls = [*settings.broker_url.split(";"), *([settings.broker_api_url] if settings.broker_api_url else [])]
@@ -84,7 +87,7 @@ def unplanned(settings: Settings, plan: Iterable[Account], users: Mapping[str, U
     return [name for name, user in users.items() if name.startswith(prefix) and user.permissions and name not in known]
 
 
-def apply_accounts(settings: Settings, services: Collection[str], asked: Asked = Asked()) -> list[Outcome]:
+def apply_accounts(settings: Settings, services: Collection[str], asked: Asked = NOTHING_MORE) -> list[Outcome]:
     """Make the accounts that are missing, and the rights of the others what they should be. It can be repeated.
 
     An account that the notifier, or whoever calls this, runs on is not changed, and no existing password is, unless
@@ -105,6 +108,13 @@ def apply_accounts(settings: Settings, services: Collection[str], asked: Asked =
         ApiRefused: the account of the management API is no administrator.
         BrokerUnavailable: the API did not answer; what was done before it is done.
     """
+    return prepare_accounts(settings, services, asked)()
+
+
+def prepare_accounts(
+    settings: Settings, services: Collection[str], asked: Asked = NOTHING_MORE
+) -> Callable[[], list[Outcome]]:
+    """The first half of `apply_accounts`, which changes nothing and finds what is wrong; to call it does the rest."""
     if settings.broker_api_url is None:
         raise InvalidSettings(
             "KNELL_BROKER_API_URL is not set; it is the management API, with an administrator's account"
@@ -112,12 +122,18 @@ def apply_accounts(settings: Settings, services: Collection[str], asked: Asked =
     users = read_users(settings.broker_api_url, vhost_of(settings))
     plan = [each for each in planned(settings, services, users, asked.issuers) if each.name not in asked.remove]
     _check_names(settings, plan, users, asked)
+    # With a new password, or without its tag, the account that the API is asked by does nothing more: it comes last.
+    own = unquote(urlsplit(settings.broker_api_url).username or "")
     changes = [_Change(settings, account, users.get(account.name), asked) for account in plan]
-    gone = [name for name in unplanned(settings, plan, users) if services] + [*asked.remove]
-    return [
-        *(change.make() for change in changes),
-        *_withdrawn(settings, dict.fromkeys(gone), users, asked),
-    ]
+    gone = [*(name for name in unplanned(settings, plan, users) if services), *asked.remove]
+    gone = sorted(dict.fromkeys(gone), key=lambda name: name == own)
+
+    def make() -> list[Outcome]:
+        late = [change for change in changes if change.name == own]
+        first = [change.make() for change in changes if change.name != own]
+        return [*first, *_withdrawn(settings, gone, asked), *(change.make() for change in late)]
+
+    return make
 
 
 class _Change:
@@ -126,6 +142,7 @@ class _Change:
     def __init__(self, settings: Settings, account: Account, user: User | None, asked: Asked) -> None:
         self._api_url = settings.broker_api_url or ""
         self._vhost = vhost_of(settings)
+        self.name = account.name
         self._account = account
         self._user = user
         self._passwords = asked.passwords
@@ -189,7 +206,7 @@ class _Change:
         return Outcome(self._account.name, state, why, file)
 
 
-def _withdrawn(settings: Settings, names: Iterable[str], users: Mapping[str, User], asked: Asked) -> Iterator[Outcome]:
+def _withdrawn(settings: Settings, names: Iterable[str], asked: Asked) -> Iterator[Outcome]:
     for name in names:
         if name in in_use(settings) and name not in asked.named:
             yield Outcome(name, "left alone", f"in use by this command: --remove {name} takes its rights away")
