@@ -5,9 +5,9 @@ from __future__ import annotations
 from celery import Celery
 
 from knell import messages, topology
-from knell.worker import allow
+from knell.worker import allow, for_flower
 
-app = Celery("knell", control="knell.worker:NoRemoteControl")
+app = Celery("knell")
 app.config_from_object("celeryconfig")
 # A task runs only from its own queue, whatever a message's header says.
 allow(
@@ -18,6 +18,8 @@ allow(
         topology.SWEEP: [messages.SWEEP],
     },
 )
+
+for_flower(app)
 
 from tasks import commands, expire, process, sweep  # noqa: E402 - they register themselves on the app
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -162,8 +163,8 @@ class Deployment:
 
     def stop(self) -> None:
         """End everything."""
-        for name in list(self._processes):
-            self.stop_one(name)
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(self.stop_one, list(self._processes)))
         self.store.close()
 
     def records(self, **wanted: Any) -> list[dict[str, Any]]:

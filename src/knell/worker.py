@@ -39,8 +39,6 @@ BEAT_SECONDS = 1.0
 # Its types say that nobody sets it.
 worker_state: Any = state
 _UNPRINTABLE = re.compile(r"[^\x20-\x7e\xa0-\ud7ff\ue000-\U0010ffff]+")
-# For every process that has an app of Knell's, Flower too: the topology has it, and who may declare it may delete it.
-event_exchange.no_declare = True
 # kombu's message methods log to a standard library logger.
 _kombu_log = get_logger(__name__)
 log = structlog.get_logger(__name__)
@@ -114,17 +112,23 @@ def ends_with_its_beat(app: Celery) -> None:
     app.steps["worker"].add(WatchBeat)
 
 
+def for_flower(app: Celery) -> None:
+    """Let Flower show an app's events on an account that may do nothing but read them. For the process's only app.
+
+    It would wake and inspect workers, which do not listen, and for that declare what its account may not; and it would
+    declare the exchange of events, which the topology has. Refused either, it shows nothing at all.
+    """
+    app.control_cls = "knell.worker:NoRemoteControl"
+    event_exchange.no_declare = True
+
+
 def _allowed(app: Celery) -> Mapping[str, Collection[str]]:
     found: Mapping[str, Collection[str]] = app.conf[ALLOWED]
     return found
 
 
 class NoRemoteControl(Control):
-    """Celery's remote control with nobody at the other end, for `Celery(control=...)`.
-
-    Flower wakes and inspects workers through it. They do not listen, and its account may not declare what it would
-    take to ask them; it would then show no event at all.
-    """
+    """Celery's remote control with nobody at the other end; see `for_flower`."""
 
     def broadcast(self, *args: Any, **kwargs: Any) -> None:
         """Ask nobody, and hear nothing."""
@@ -141,6 +145,7 @@ class Events(events.Events):
         if not _declared(c.connection, name):
             log.warning("no_task_events", error=f"there is no exchange {name}, and no right to declare it")
             self.send_events = False
+        event_exchange.no_declare = True
         super().start(c)
 
 

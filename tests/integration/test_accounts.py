@@ -10,7 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from kombu.transport.native_delayed_delivery import MAX_NUMBER_OF_BITS_TO_USE, l
 from knell import Issuer, Settings, topology
 from knell.connection import connect, queue_depth
 from knell.keys import notice_key
+from knell.store import open_store
 from knell.topology.api import call_api
 from knell.topology.plan import queues
 from tests.commandline import Knell
@@ -63,10 +64,10 @@ class Accounts:
 
 def apply(settings: Settings, folder: Path) -> Accounts:
     """What an operator does, as the administrator of the broker."""
-    knell = Knell(settings)
-    for name in SERVICES:
-        knell("services", "add", name)
-    applied = knell("topology", "apply", "--passwords", str(folder), "--issuer", "auth")
+    with closing(open_store(settings.store_url, namespace=settings.namespace, rules=settings.rules)) as store:
+        for name in SERVICES:
+            store.add_service(name)
+    applied = Knell(settings)("topology", "apply", "--passwords", str(folder), "--issuer", "auth")
     assert {each["state"] for each in applied["accounts"]} == {"made"}
     assert len(applied["accounts"]) == 5 + len(SERVICES)
     return Accounts(settings, folder)
@@ -389,5 +390,9 @@ def test_no_account_but_the_operators_is_known_to_the_management_api(
     for method, path in (("GET", "/api/users"), ("PUT", "/api/users/evil"), ("PUT", f"/api/permissions/{vhost}/x")):
         with pytest.raises(topology.ApiRefused):
             call_api(api("operator"), method, path, {"password": "x", "tags": "administrator"})
-    document = Knell(replace(stolen.settings("operator"), broker_api_url=api("operator")))("topology", "apply")
+    his = Knell(replace(stolen.settings("operator"), broker_api_url=api("operator")))
+    document = his("topology", "apply")
     assert (document["policies"], document["accounts"]) == ("set", [])
+    assert "not looked at" in {row["state"] for row in his("topology", "show")["rows"]}
+    refused = his.run("topology", "apply", "--remove", "x")
+    assert (refused.exit_code, "take an administrator's account" in refused.stderr) == (3, True)

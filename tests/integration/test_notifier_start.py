@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,39 +45,35 @@ def test_a_wrong_setting_ends_the_worker_and_is_named(tmp_path: Path, changes: d
     assert " ready." not in said
 
 
+@pytest.fixture
+def deployment(tmp_path: Path, rabbitmq_server: RabbitServer, broker_url: str, redis_url: str) -> Iterator[Deployment]:
+    """A notifier with beat in it."""
+    deployment = Deployment(tmp_path, on_servers(tmp_path, rabbitmq_server, broker_url, redis_url))
+    try:
+        deployment.prepare([])
+        deployment.start_notifier()
+        yield deployment
+    finally:
+        deployment.stop()
+
+
 @pytest.mark.rabbitmq
 @pytest.mark.redis
-def test_a_worker_whose_beat_has_ended_ends_too(
-    tmp_path: Path, rabbitmq_server: RabbitServer, broker_url: str, redis_url: str
-) -> None:
+def test_a_worker_whose_beat_has_ended_ends_too(deployment: Deployment) -> None:
     """With -B: when the child that beat runs in has gone, so does the worker, with an error, to be started again."""
-    deployment = Deployment(tmp_path, on_servers(tmp_path, rabbitmq_server, broker_url, redis_url))
-    try:
-        deployment.prepare([])
-        deployment.start_notifier()
-        [beat] = children(deployment.pid("notifier"))
-        os.kill(beat, signal.SIGKILL)
-        assert deployment.exit_code("notifier") == 1
-        assert "beat_has_ended" in deployment.log_of("notifier").read_text()
-    finally:
-        deployment.stop()
+    [beat] = children(deployment.pid("notifier"))
+    os.kill(beat, signal.SIGKILL)
+    assert deployment.exit_code("notifier") == 1
+    assert "beat_has_ended" in deployment.log_of("notifier").read_text()
 
 
 @pytest.mark.rabbitmq
 @pytest.mark.redis
-def test_a_worker_that_is_stopped_with_its_beat_has_not_failed(
-    tmp_path: Path, rabbitmq_server: RabbitServer, broker_url: str, redis_url: str
-) -> None:
+def test_a_worker_that_is_stopped_with_its_beat_has_not_failed(deployment: Deployment) -> None:
     """A supervisor's SIGTERM goes to both, and beat is the quicker one: that is no error."""
-    deployment = Deployment(tmp_path, on_servers(tmp_path, rabbitmq_server, broker_url, redis_url))
-    try:
-        deployment.prepare([])
-        deployment.start_notifier()
-        os.killpg(deployment.pid("notifier"), signal.SIGTERM)
-        assert deployment.exit_code("notifier") == 0
-        assert "beat_has_ended" not in deployment.log_of("notifier").read_text()
-    finally:
-        deployment.stop()
+    os.killpg(deployment.pid("notifier"), signal.SIGTERM)
+    assert deployment.exit_code("notifier") == 0
+    assert "beat_has_ended" not in deployment.log_of("notifier").read_text()
 
 
 def children(pid: int) -> list[int]:

@@ -185,7 +185,7 @@ def _accounts(
     except topology.ApiRefused as error:
         if asked.named or asked.issuers or asked.passwords:
             raise
-        out.note(f"accounts were not looked at, for KNELL_BROKER_API_URL is no administrator's ({error})")
+        out.note(f"accounts were not looked at: {error}")
         return None
 
 

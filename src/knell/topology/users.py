@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
 
-from knell.topology.api import call_api
+from knell.topology.api import ApiRefused, call_api
 from knell.topology.passwords import HASHING, hashed, is_password
 from knell.topology.permissions import Account, Permissions
 
@@ -46,7 +46,10 @@ def read_users(api_url: str, vhost: str) -> dict[str, User]:
         ApiRefused: the account of the URL is no administrator.
         BrokerUnavailable: the API did not answer.
     """
-    users = call_api(api_url, "GET", "/api/users")
+    try:
+        users = call_api(api_url, "GET", "/api/users")
+    except ApiRefused as error:
+        raise ApiRefused(f"accounts take an administrator's account in KNELL_BROKER_API_URL: {error}") from None
     rights = call_api(api_url, "GET", "/api/permissions")
     topics: dict[str, dict[str, tuple[str, str]]] = {}
     for each in call_api(api_url, "GET", f"/api/vhosts/{quote(vhost, safe='')}/topic-permissions"):
