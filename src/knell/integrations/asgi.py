@@ -4,12 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, MutableMapping
 from typing import Any
 
-from knell.errors import DenylistStale, TokenExpired, TokenRefused, TokenRevoked
+from knell.errors import TokenRefused
+from knell.integrations import refusals
+from knell.integrations.refusals import (
+    CLOSE_TRY_AGAIN,
+    CLOSE_UNAUTHORIZED,
+    REALM,
+    RETRY_AFTER_SECONDS,
+    claims_of,
+    close_reason,
+    refusal,
+)
 from knell.verifier import TokenEnd, Verifier
+
+__all__ = [
+    "CLOSE_SECONDS",
+    "CLOSE_TRY_AGAIN",
+    "CLOSE_UNAUTHORIZED",
+    "RETRY_AFTER_SECONDS",
+    "Connection",
+    "KnellMiddleware",
+    "bearer",
+    "bearer_of_websocket",
+    "connected",
+]
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -17,11 +38,6 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-# In the range that RFC 6455, section 7.4.2, leaves to applications: "401" for a WebSocket.
-CLOSE_UNAUTHORIZED = 4401
-# RFC 6455's registry: try again later.
-CLOSE_TRY_AGAIN = 1013
-RETRY_AFTER_SECONDS = 5
 # How long the close of a WebSocket may take: a client that does not read keeps it, and the application, waiting.
 CLOSE_SECONDS = 5.0
 SUBPROTOCOL = "bearer"
@@ -45,7 +61,7 @@ class KnellMiddleware:
         verifier: Verifier,
         *,
         exempt: Collection[str] = (),
-        realm: str = "api",
+        realm: str = REALM,
         websocket_token: Callable[[Scope], str | None] | None = None,
     ) -> None:
         """Wrap an application.
@@ -62,7 +78,7 @@ class KnellMiddleware:
         self._app = app
         self._verifier = verifier
         self._exempt = frozenset(exempt)
-        self._realm = _quotable(realm)
+        self._realm = realm
         self._websocket_token = websocket_token or bearer_of_websocket
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -79,80 +95,74 @@ class KnellMiddleware:
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            claims = self._claims(bearer(scope))
-        except (TokenRefused, _NoToken) as error:
-            status, headers, body = self._refusal(error)
-            await send({"type": "http.response.start", "status": status, "headers": headers})
-            await send({"type": "http.response.body", "body": body})
+            claims = claims_of(self._verifier, bearer(scope))
+        except TokenRefused as error:
+            await self._refuse(error, send)
             return
         await self._app(_with_claims(scope, claims), receive, send)
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            claims = self._claims(self._websocket_token(scope))
-        except (TokenRefused, _NoToken) as error:
+            claims = claims_of(self._verifier, self._websocket_token(scope))
+        except TokenRefused as error:
             await self._refuse_websocket(error, scope, receive, send)
             return
-        inner = _with_claims(scope, claims)
-        offered = list(scope.get("subprotocols") or ())
-        if SUBPROTOCOL in offered:
-            # The application is to see, log and choose from what is left: the token is no subprotocol.
-            at = offered.index(SUBPROTOCOL)
-            inner["subprotocols"] = offered[:at] + offered[at + 2 :]
-        connection = _Connection(receive, send, answer=SUBPROTOCOL if SUBPROTOCOL in offered else None)
-        with self._verifier.watch(claims, connection.ends):
-            await connection.run(self._app, inner)
+        async with connected(self._verifier, claims, scope, receive, send) as connection:
+            await self._app(connection.scope, connection.receive, connection.send)
 
-    def _claims(self, token: str | None) -> dict[str, Any]:
-        if token is None:
-            raise _NoToken
-        return self._verifier.verify(token)
-
-    async def _refuse_websocket(self, error: Exception, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _refuse_websocket(self, error: TokenRefused, scope: Scope, receive: Receive, send: Send) -> None:
         await receive()  # websocket.connect
-        if "websocket.http.response" in (scope.get("extensions") or {}):
-            status, headers, body = self._refusal(error)
-            await send({"type": "websocket.http.response.start", "status": status, "headers": headers})
-            await send({"type": "websocket.http.response.body", "body": body})
+        if can_deny(scope):
+            await self._refuse(error, send, prefix="websocket.")
             return
-        code = CLOSE_TRY_AGAIN if isinstance(error, DenylistStale) else CLOSE_UNAUTHORIZED
-        await send({"type": "websocket.close", "code": code, "reason": _short(error)})
+        told = refusal(error, self._realm)
+        await send({"type": "websocket.close", "code": told.close_code, "reason": told.close_reason})
 
-    def _refusal(self, error: Exception) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
-        said = {} if isinstance(error, _NoToken) else {"error": "invalid_token", "error_description": _describe(error)}
-        status = 401
-        if isinstance(error, DenylistStale):
-            status, said["error"] = 503, "temporarily_unavailable"
-            extra = (b"retry-after", str(RETRY_AFTER_SECONDS).encode())
-        else:
-            parts = {"realm": self._realm} | said
-            value = "Bearer " + ", ".join(f'{name}="{text}"' for name, text in parts.items())
-            extra = (b"www-authenticate", value.encode("ascii"))
-        body = json.dumps(said or {"error": "unauthorized"}).encode()
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-            (b"cache-control", b"no-store"),
-            extra,
-        ]
-        return status, headers, body
-
-
-class _NoToken(Exception):
-    """The request has no token at all, so the answer names no error (RFC 6750, section 3.1)."""
+    async def _refuse(self, error: TokenRefused, send: Send, prefix: str = "") -> None:
+        told = refusal(error, self._realm)
+        of_body = {"Content-Type": "application/json", "Content-Length": str(len(told.body))}
+        headers = [(name.lower().encode(), value.encode("ascii")) for name, value in (of_body | told.headers).items()]
+        await send({"type": f"{prefix}http.response.start", "status": told.status, "headers": headers})
+        await send({"type": f"{prefix}http.response.body", "body": told.body})
 
 
 class _Ended(OSError):
     """What `send` raises once the connection was closed here, as servers do when the client has gone."""
 
 
-class _Connection:
-    """One WebSocket between the server and the application, that can be closed from outside."""
+@contextlib.asynccontextmanager
+async def connected(
+    verifier: Verifier, claims: Mapping[str, Any], scope: Scope, receive: Receive, send: Send
+) -> AsyncIterator[Connection]:
+    """One WebSocket whose token was accepted, closed with code 4401 when the token ends. Run the application inside.
 
-    def __init__(self, receive: Receive, send: Send, *, answer: str | None) -> None:
+    Args:
+        claims: what `verifier.verify` returned for it.
+        scope, receive, send: as the server gave them. The application is to use those of the Connection in their place.
+    """
+    connection = Connection(claims, scope, receive, send)
+    with verifier.watch(claims, connection.ends):
+        async with connection.running():
+            yield connection
+
+
+class Connection:
+    """One WebSocket between the server and the application, that can be closed from outside.
+
+    Attributes:
+        scope: for the application: with the claims, and without the token among the subprotocols.
+    """
+
+    def __init__(self, claims: Mapping[str, Any], scope: Scope, receive: Receive, send: Send) -> None:
+        self.scope = _with_claims(scope, claims)
+        offered = list(scope.get("subprotocols") or ())
+        if SUBPROTOCOL in offered:
+            # The application is to see, log and choose from what is left: the token is no subprotocol.
+            at = offered.index(SUBPROTOCOL)
+            self.scope["subprotocols"] = offered[:at] + offered[at + 2 :]
         self._receive = receive
         self._send = send
-        self._answer = answer
+        self._answer = SUBPROTOCOL if SUBPROTOCOL in offered else None
         self._loop = asyncio.get_running_loop()
         self._end: asyncio.Future[Message] = self._loop.create_future()
         self._sending = asyncio.Lock()
@@ -161,16 +171,22 @@ class _Connection:
         self._receiving: asyncio.Task[Message] | None = None
         self._closing: asyncio.Task[None] | None = None
 
+    @property
+    def ended(self) -> bool:
+        """True once the token has ended."""
+        return self._closing is not None
+
     def ends(self, end: TokenEnd) -> None:
         """The token has ended; called from the verifier's thread."""
         with contextlib.suppress(RuntimeError):  # the event loop has ended, and the connection with it
-            self._loop.call_soon_threadsafe(self._begin_to_close, _short(end))
+            self._loop.call_soon_threadsafe(self._begin_to_close, close_reason(end))
 
-    async def run(self, app: App, scope: Scope) -> None:
-        """Run the application on this connection."""
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Around the application on this connection."""
         try:
             async with self._running:
-                await app(scope, self._receive_for_app, self._send_for_app)
+                yield
         except _Ended:
             pass  # it did not catch what `send` raised; the connection is closed, as it should be
         except TimeoutError:
@@ -203,7 +219,8 @@ class _Connection:
                 with contextlib.suppress(RuntimeError):  # it has returned; a task that it left behind is what sends
                     self._running.reschedule(self._loop.time())
 
-    async def _send_for_app(self, message: Message) -> None:
+    async def send(self, message: Message) -> None:
+        """For the application; an OSError once the connection was closed here."""
         async with self._sending:
             if self._end.done() and not self._over:
                 raise _Ended("the WebSocket was closed because its token ended")
@@ -213,7 +230,8 @@ class _Connection:
                 message = {**message, "subprotocol": self._answer}
             await self._send(message)
 
-    async def _receive_for_app(self) -> Message:
+    async def receive(self) -> Message:
+        """For the application; a disconnect with code 4401 once the token has ended."""
         if not self._end.done():
             if self._receiving is None:
                 # It outlives a call that the application cancels, so that no message is lost with it.
@@ -232,13 +250,15 @@ class _Connection:
         return message
 
 
+def can_deny(scope: Scope) -> bool:
+    """Whether the server can answer the handshake of a WebSocket with an HTTP response."""
+    return "websocket.http.response" in (scope.get("extensions") or {})
+
+
 def bearer(scope: Scope) -> str | None:
     """The Bearer token of a request's only Authorization header (RFC 6750, section 2.1); None if there is none."""
     found = [value for name, value in scope["headers"] if name.lower() == b"authorization"]
-    if len(found) != 1:
-        return None
-    scheme, _, token = found[0].decode("latin-1").partition(" ")
-    return token.strip() if scheme.lower() == "bearer" else None
+    return refusals.bearer(found[0].decode("latin-1")) if len(found) == 1 else None
 
 
 def bearer_of_websocket(scope: Scope) -> str | None:
@@ -256,20 +276,3 @@ def _with_claims(scope: Scope, claims: Mapping[str, Any]) -> dict[str, Any]:
     if "state" in scope:
         inner["state"] = {**scope["state"], "knell_claims": claims}
     return inner
-
-
-def _short(end: TokenEnd | Exception) -> str:
-    # A close frame has room for 123 bytes; the reason is for whoever looks at the client, and names nobody.
-    if isinstance(end, TokenEnd):
-        return f"token {end.cause}"
-    kinds = {TokenExpired: "token expired", TokenRevoked: "token revoked", DenylistStale: "try again later"}
-    return kinds.get(type(end), "token missing" if isinstance(end, _NoToken) else "token invalid")
-
-
-def _describe(error: Exception) -> str:
-    return "try again later" if isinstance(error, DenylistStale) else _quotable(str(error))
-
-
-def _quotable(text: str) -> str:
-    # What RFC 6750, section 3, allows in a quoted value; it also keeps a line end out of the header.
-    return "".join(c if " " <= c <= "~" and c not in '"\\' else ("'" if c == '"' else "?") for c in text)[:500]
