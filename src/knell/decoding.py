@@ -86,7 +86,7 @@ class Decoder:
         except jwt.PyJWTError as error:
             raise TokenInvalid(f"the token is not accepted: {error}") from None
         claims.kid = header.get("kid")
-        return claims, self._checked(claims)
+        return claims, self.checked(claims)
 
     def reference(self, claims: Mapping[str, Any]) -> TokenRef:
         """What Knell keeps of claims that `decode` gave. InvalidClaims if they are not such claims."""
@@ -96,7 +96,8 @@ class Decoder:
         # No revocation can name an empty jti; the other scopes still find the token.
         return TokenRef.from_claims({**claims, "kid": kid, "jti": "-"}).replace(jti="")
 
-    def _checked(self, claims: Claims) -> TokenRef:
+    def checked(self, claims: Claims) -> TokenRef:
+        """The same, of claims whose signature was verified. TokenInvalid if they are out of order, or live too long."""
         try:
             found = self.reference(claims)
             if claims.get("nbf") is not None:

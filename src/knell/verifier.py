@@ -150,6 +150,24 @@ class Verifier:
         self._check(ref, claims)
         return claims
 
+    def check(self, claims: Mapping[str, Any], *, kid: str | None = None) -> None:
+        """Check once more that a token lives: its end, the denylist and the policy, by claims that were verified before.
+
+        For sessions and streams that outlive the request which brought the token, and for tokens whose signature
+        another library has verified. It looks at no signature, and at neither issuer nor audience.
+
+        Args:
+            claims: what `verify` returned, or another library's verified claims. They need iss, jti and exp.
+            kid: the `kid` of the token's header, where it is known.
+
+        Raises:
+            TokenInvalid: these are no claims of a token, or they are out of order.
+            TokenExpired, TokenRevoked, DenylistStale: as `verify`.
+        """
+        made = Claims(claims)
+        made.kid = kid
+        self._check(self._decoder.checked(made), made)
+
     def _check(self, ref: TokenRef, claims: Mapping[str, Any]) -> None:
         now = self._clock()
         if ends_at(ref, self._leeway_seconds) <= now:

@@ -425,6 +425,23 @@ def test_a_token_without_jti_can_be_revoked_by_its_session(make: Callable[..., V
     eventually(lambda: _refusal(one, token))
 
 
+def test_claims_are_checked_again_without_the_token(make: Callable[..., Verifier], feed: MemoryFeed) -> None:
+    """`check` tells by verified claims what `verify` would by now: revoked, expired, out of order."""
+    checker = make()
+    good = checker.verify(mint())
+    checker.check(good)
+    feed.revoke(revocation("session", "s1", now=NOW, reason="logout"))
+    eventually(lambda: len(checker._follower.denylist))
+    with pytest.raises(TokenRevoked, match="logout"):
+        checker.check(good)
+    checker.check(good | {"sid": "s2"})
+    with pytest.raises(TokenExpired):
+        checker.check(good | {"exp": NOW - 1})
+    for wrong in ({"jti": 7}, {"exp": None}, {"iss": ""}, {"nbf": NOW + 60}, {"exp": NOW + 90_000}):
+        with pytest.raises(TokenInvalid):
+            checker.check(good | {"sid": "s2"} | wrong)
+
+
 def test_the_kid_of_the_claims_does_not_count() -> None:
     """The key's id is what the header says, whatever a claim of that name says."""
     with verifier() as one:
