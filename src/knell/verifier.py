@@ -150,23 +150,46 @@ class Verifier:
         self._check(ref, claims)
         return claims
 
-    def check(self, claims: Mapping[str, Any], *, kid: str | None = None) -> None:
-        """Check once more that a token lives: its end, the denylist and the policy, by claims that were verified before.
+    def check(self, token: Mapping[str, Any] | TokenRef, *, kid: str | None = None, of_session: bool = False) -> None:
+        """Check once more that a token lives, by claims that were verified before: its end, the denylist, the policy.
 
         For sessions and streams that outlive the request which brought the token, and for tokens whose signature
         another library has verified. It looks at no signature, and at neither issuer nor audience.
 
         Args:
-            claims: what `verify` returned, or another library's verified claims. They need iss, jti and exp.
-            kid: the `kid` of the token's header, where it is known.
+            token: what `verify` returned, another library's verified claims, or what `reference` made of them. They
+                need iss, jti and exp.
+            kid: the `kid` of the token's header, where only the caller knows it.
+            of_session: ask for the token's session, where it has a sid: its exp does not count, since the session may
+                have been refreshed, nor does a revocation of this one token.
 
         Raises:
             TokenInvalid: these are no claims of a token, or they are out of order.
             TokenExpired, TokenRevoked, DenylistStale: as `verify`.
         """
-        made = Claims(claims)
-        made.kid = kid
-        self._check(self._decoder.checked(made), made)
+        claims = Claims(token.as_json() if isinstance(token, TokenRef) else token)
+        if isinstance(token, TokenRef):
+            claims.update(claims.pop("claims", {}))
+        claims.kid = kid or (token.kid if isinstance(token, Claims | TokenRef) else None)
+        ref = self._decoder.checked(claims)
+        if not of_session or ref.sid is None:
+            self._check(ref, claims)
+            return
+        if ref.session_exp is not None and ref.session_exp + self._leeway_seconds <= self._clock():
+            raise TokenExpired("the session has expired")
+        self._check_denylist(ref.replace(jti=""), claims)
+
+    def reference(self, claims: Mapping[str, Any]) -> TokenRef:
+        """What to keep with a session that hangs on a token: all that `check` and `Notice.matches` ask for.
+
+        Args:
+            claims: what `verify` returned.
+
+        Raises:
+            InvalidClaims: these are no claims of a token.
+        """
+        kid = claims.kid if isinstance(claims, Claims) else None
+        return TokenRef.from_claims(claims, kid=kid, tracked=self._rules.tracked_claims)
 
     def _check(self, ref: TokenRef, claims: Mapping[str, Any]) -> None:
         now = self._clock()
@@ -183,6 +206,9 @@ class Verifier:
             raise TokenInvalid(f"its session begins {ref.auth_time - now:.0f} s in the future (auth_time)")
         if ref.exp > now + self._rules.max_token_seconds + self._rules.leeway_seconds:
             raise TokenInvalid(f"the token's exp is more than {self._rules.max_token_seconds:.0f} s off, the maximum")
+        self._check_denylist(ref, claims)
+
+    def _check_denylist(self, ref: TokenRef, claims: Mapping[str, Any]) -> None:
         if not self._follower.ready:
             self._wait_at_start()
         found = self._follower.denylist.find(ref, claims=claims)

@@ -442,6 +442,27 @@ def test_claims_are_checked_again_without_the_token(make: Callable[..., Verifier
             checker.check(good | {"sid": "s2"} | wrong)
 
 
+def test_a_session_is_checked_without_the_end_of_its_first_token(
+    make: Callable[..., Verifier], feed: MemoryFeed
+) -> None:
+    """With `of_session`, exp and jti do not count where there is a sid; session_exp and other revocations do."""
+    checker = make()
+    assert checker.wait_ready(20)
+    old = claims(exp=NOW - 60, iat=NOW - 120, auth_time=NOW - 120)
+    feed.revoke(revocation("token", "j1", now=NOW))
+    eventually(lambda: len(checker._follower.denylist))
+    checker.check(old, of_session=True)
+    with pytest.raises(TokenExpired):
+        checker.check(old | {"session_exp": NOW}, of_session=True)
+    for of_session in (True, False):
+        with pytest.raises(TokenRevoked):
+            checker.check(claims(sid=...), of_session=of_session)
+    feed.revoke(revocation("subject", "alice", now=NOW))
+    eventually(lambda: len(checker._follower.denylist) == 2)
+    with pytest.raises(TokenRevoked):
+        checker.check(old, of_session=True)
+
+
 def test_the_kid_of_the_claims_does_not_count() -> None:
     """The key's id is what the header says, whatever a claim of that name says."""
     with verifier() as one:

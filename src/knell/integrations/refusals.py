@@ -138,5 +138,5 @@ def quotable(text: str) -> str:
 
 
 def _challenge(realm: str, said: Mapping[str, str]) -> str:
-    parts = {"realm": quotable(realm)} | said
+    parts = {"realm": quotable(realm), **said}
     return "Bearer " + ", ".join(f'{name}="{text}"' for name, text in parts.items())
