@@ -21,8 +21,9 @@ import pytest
 import uvicorn
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from knell import Issuer, Settings
+from knell import Issuer, Settings, topology
 from knell.keys import SigningKey
+from knell.publisher import connect
 from tests.deployment import ROOT, until
 
 EXAMPLES = ROOT / "examples" / "frameworks"
@@ -38,19 +39,28 @@ class Home:
         self.key = SigningKey.generate()
         public = self.key.verifying_key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
         (directory / "public.pem").write_bytes(public)
-        self.issuer = Issuer(ISS, self.key, settings=Settings(home=directory / ".knell"))
+        settings = Settings(home=directory / ".knell")
+        with connect(settings) as connection:
+            topology.declare(connection, [], settings=settings)
+        self.issuer = Issuer(ISS, self.key, settings=settings)
 
     def token(self, **claims: Any) -> str:
         """A token of alice's for the shop."""
         given = {"sub": "alice", "aud": AUD, "sid": uuid4().hex} | claims
         return self.issuer.issue(given, ttl_seconds=600).token
 
+    def environ(self, **more: str) -> dict[str, str]:
+        """The environment of an example."""
+        others = {name: value for name, value in os.environ.items() if not name.startswith("KNELL_")}
+        return {**others, "KNELL_HOME": str(self.directory / ".knell"), "PYTHONUNBUFFERED": "1", **more}
+
     @contextlib.contextmanager
-    def loaded(self, name: str) -> Iterator[dict[str, Any]]:
+    def loaded(self, name: str, **environ: str) -> Iterator[dict[str, Any]]:
         """An example's names, loaded in this process as one that stands in the folder would."""
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(self.directory)
-            patch.setenv("KNELL_HOME", str(self.directory / ".knell"))
+            for variable, value in self.environ(**environ).items():
+                patch.setenv(variable, value)
             patch.syspath_prepend(str(EXAMPLES))
             names = runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name=name)
         try:
@@ -97,7 +107,7 @@ def serve_wsgi(app: Any) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def run_django(home: Home, name: str) -> Iterator[str]:
+def run_django(home: Home, name: str, **environ: str) -> Iterator[str]:
     """The URL of a Django example, which is a process of its own: settings are there once in a process."""
     port = _free_port()
     log = home.directory / f"{name}.log"
@@ -105,7 +115,7 @@ def run_django(home: Home, name: str) -> Iterator[str]:
         process = subprocess.Popen(
             [sys.executable, "-W", "error", str(EXAMPLES / f"{name}.py"), "runserver", "--noreload", str(port)],
             cwd=home.directory,
-            env=environ(home),
+            env=home.environ(**environ),
             stdout=written,
             stderr=subprocess.STDOUT,
         )
@@ -117,15 +127,15 @@ def run_django(home: Home, name: str) -> Iterator[str]:
         process.wait(20)
 
 
-def environ(home: Home) -> dict[str, str]:
-    """The environment of an example's process."""
-    others = {name: value for name, value in os.environ.items() if not name.startswith("KNELL_")}
-    return others | {"KNELL_HOME": str(home.directory / ".knell"), "PYTHONUNBUFFERED": "1"}
-
-
 def get(url: str, token: str | None = None, **options: Any) -> httpx.Response:
     """GET with a Bearer token."""
     return send("GET", url, token, **options)
+
+
+def accepted(url: str, token: str) -> httpx.Response:
+    """GET with a good token, once the denylist is there."""
+    answer = until(lambda: found if (found := get(url, token)).status_code != 503 else None, what="the denylist")
+    return answer.raise_for_status()
 
 
 def send(method: str, url: str, token: str | None = None, **options: Any) -> httpx.Response:

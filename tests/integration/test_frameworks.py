@@ -17,7 +17,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from knell.integrations.refusals import CLOSE_UNAUTHORIZED
 from tests.deployment import until
-from tests.frameworks import Home, get, run_django, serve_asgi, serve_wsgi
+from tests.frameworks import Home, accepted, get, run_django, serve_asgi, serve_wsgi
 
 SCOPED = ["with_asgi", "with_fastapi", "with_flask", "with_drf"]
 LIVE = ["with_asgi", "with_fastapi"]
@@ -53,6 +53,7 @@ def servers(home: Home) -> Iterator[Callable[[str], str]]:
             elif name not in urls:
                 names = opened.enter_context(home.loaded(name))
                 urls[name] = opened.enter_context(SERVERS[name](names["app"]))
+            accepted(f"{urls[name]}/me", home.token())
             return urls[name]
 
         yield start
@@ -126,6 +127,21 @@ def test_scopes(served: tuple[str, str], home: Home) -> None:
         if name != "with_asgi":  # Starlette's own `requires`
             assert 'error="insufficient_scope"' in refused.headers["www-authenticate"]
             assert 'scope="orders:read"' in refused.headers["www-authenticate"]
+
+
+@pytest.mark.parametrize("name", [*SERVERS, *DJANGO])
+def test_a_stale_denylist_is_503_with_retry_after(home: Home, name: str) -> None:
+    """With a store that nobody reaches, a good token is 503 with Retry-After, and a bad one is still 401."""
+    away = {"KNELL_STORE_URL": "redis://127.0.0.1:1/0"}
+    with contextlib.ExitStack() as opened:
+        if name in DJANGO:
+            url = opened.enter_context(run_django(home, name, **away))
+        else:
+            url = opened.enter_context(SERVERS[name](opened.enter_context(home.loaded(name, **away))["app"]))
+        stale = get(f"{url}/me", home.token())
+        assert (stale.status_code, stale.headers["retry-after"]) == (503, "5")
+        assert "www-authenticate" not in stale.headers
+        assert get(f"{url}/me", "nonsense").status_code == 401
 
 
 @pytest.mark.parametrize("served", ["with_django"], indirect=True)

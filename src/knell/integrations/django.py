@@ -3,7 +3,7 @@
 All of it is configured in Django's settings:
 
     KNELL = {
-        "VERIFIER": "shop.tokens.verifier",  # a Verifier, or the dotted path of one
+        "VERIFIER": "shop.tokens.verifier",  # a Verifier, or the dotted path of one; middleware starts it
         "EXEMPT": ["/health", "/admin/*"],   # BearerMiddleware: paths that need no token; default none
         "REALM": "api",                      # names the protected space in WWW-Authenticate
         "SESSIONS": "shop.ends.sessions",    # bind_session: where sessions are indexed by their token; default nowhere
@@ -86,6 +86,7 @@ class _Middleware:
     def __init__(self, get_response: Callable[[HttpRequest], Any]) -> None:
         self.get_response = get_response
         self._verifier = verifier()
+        self._verifier.start()
         self._realm: str = configured("REALM", REALM)
         self._on_a_loop = iscoroutinefunction(get_response)
         if self._on_a_loop:

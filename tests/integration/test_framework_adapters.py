@@ -1,0 +1,207 @@
+"""The adapters for JWT libraries that people run already, and Django's sessions, by their examples on real servers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import httpx
+import jwt
+import pytest
+
+from knell import TokenRef
+from knell.store import open_store
+from tests.deployment import until
+from tests.frameworks import EXAMPLES, Home, accepted, get, run_django, send, serve_asgi, serve_wsgi
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
+    """One issuer, and one store, for all of them."""
+    made = Home(tmp_path_factory.mktemp("adapters"))
+    yield made
+    made.issuer.close()
+
+
+def _claims(token: str) -> dict[str, object]:
+    found: dict[str, object] = jwt.decode(token, options={"verify_signature": False})
+    return found
+
+
+def _tracked(home: Home, token: str) -> TokenRef | None:
+    """What the store keeps of a token, which is asked for by taking it out."""
+    settings = home.issuer._settings
+    store = open_store(settings.store_url, namespace=settings.namespace, rules=settings.rules)
+    try:
+        claims = _claims(token)
+        found = store.detach(str(claims["iss"]), str(claims["jti"]), revocation_id="asked").ref
+        store.attach(str(claims["iss"]), str(claims["jti"]), revocation_id="asked")
+        return found
+    finally:
+        store.close()
+
+
+# ---- flask-jwt-extended
+
+
+def test_flask_jwt_extended(home: Home) -> None:
+    """A login is tracked, a logout refuses every token of that session and of no other, with 401 invalid_token."""
+    with home.loaded("with_flask_jwt_extended") as names, serve_wsgi(names["app"]) as url:
+        alice, other = (send("POST", f"{url}/login/alice").text for _ in range(2))
+        tracked = _tracked(home, alice)
+        assert tracked is not None
+        assert (tracked.sub, tracked.sid) == ("alice", _claims(alice)["sid"])
+        assert accepted(f"{url}/me", alice).text == "alice"
+        assert send("POST", f"{url}/logout", alice).text == "bye"
+        refused = until(lambda: found if (found := get(f"{url}/me", alice)).status_code == 401 else None)
+        assert 'error="invalid_token"' in refused.headers["www-authenticate"]
+        assert (refused.json()["msg"], alice in refused.text) == ("Token revoked", False)
+        assert get(f"{url}/me", other).status_code == 200
+        home.issuer.revoke("subject", {"sub": "alice"})
+        until(lambda: get(f"{url}/me", other).status_code == 401)
+
+
+def test_flask_jwt_extended_with_a_stale_denylist(home: Home) -> None:
+    """When nobody can tell whether a token was revoked, it is 503 with Retry-After, by the verifier's policy."""
+    with home.loaded("with_flask_jwt_extended") as names:
+        token = names["app"].test_client().post("/login/alice").text
+    away = {"KNELL_STORE_URL": "redis://127.0.0.1:1/0"}
+    with home.loaded("with_flask_jwt_extended", **away) as names, serve_wsgi(names["app"]) as url:
+        stale = get(f"{url}/me", token)
+        assert (stale.status_code, stale.headers["retry-after"]) == (503, "5")
+
+
+# ---- fastapi-users
+
+
+def test_fastapi_users(home: Home) -> None:
+    """A login is tracked, a logout ends that session and no other, and whoever logs in again is let in."""
+    with home.loaded("with_fastapi_users") as names, serve_asgi(names["app"]) as url:
+
+        def login(name: str) -> str:
+            form = {"username": f"{name}@shop.example", "password": f"{name}'s password"}
+            return str(send("POST", f"{url}/login", data=form).raise_for_status().json()["access_token"])
+
+        alice, other = login("alice"), login("alice")
+        tracked = _tracked(home, alice)
+        assert tracked is not None
+        assert (tracked.sub, tracked.sid) == (_claims(alice)["sub"], _claims(alice)["sid"])
+        assert accepted(f"{url}/me", alice).json() == "alice@shop.example"
+        assert send("POST", f"{url}/logout", alice).status_code == 204
+        until(lambda: get(f"{url}/me", alice).status_code == 401)
+        assert get(f"{url}/me", other).status_code == 200
+        assert get(f"{url}/me", login("alice")).status_code == 200
+        home.issuer.revoke("subject", {"sub": str(tracked.sub)}, iss="https://auth.example")
+        until(lambda: get(f"{url}/me", other).status_code == 401)
+        assert get(f"{url}/me", login("bob")).json() == "bob@shop.example"
+
+
+# ---- Django's sessions
+
+
+def test_django_sessions(home: Home) -> None:
+    """A session that was opened with a token is anonymous once the token's session is revoked; another one is not."""
+    with (
+        run_django(home, "with_django_sessions") as url,
+        httpx.Client(base_url=url, trust_env=False) as alice,
+        httpx.Client(base_url=url, trust_env=False) as bob,
+    ):
+        for client, name in ((alice, "alice"), (bob, "bob")):
+            assert client.post("/login").status_code == 401
+            token = home.token(sub=name, sid=f"session-of-{name}")
+            accepted(f"{url}/login", token)
+            assert client.post("/login", headers={"Authorization": f"Bearer {token}"}).text == "welcome"
+            assert client.get("/me").text == name
+        before = alice.cookies["sessionid"]
+        home.issuer.revoke("session", {"sid": "session-of-alice"})
+        until(lambda: alice.get("/me").text == "nobody")
+        assert bob.get("/me").text == "bob"
+        # The old cookie opens nothing any more.
+        assert httpx.get(f"{url}/me", cookies={"sessionid": before}, trust_env=False).text == "nobody"
+
+
+# ---- djangorestframework-simplejwt
+
+
+@pytest.fixture(scope="module")
+def simplejwt(home: Home) -> Iterator[str]:
+    """The URL of its example, with a user alice."""
+    made = (
+        "from django.core.management import call_command; call_command('migrate', verbosity=0); "
+        "from django.contrib.auth.models import User; "
+        "[User.objects.create_user(name, password='secret') for name in ('alice', 'bob')]"
+    )
+    subprocess.run(
+        [sys.executable, str(EXAMPLES / "with_simplejwt.py"), "shell", "-c", made],
+        cwd=home.directory,
+        env=home.environ(),
+        check=True,
+        timeout=60,
+    )
+    with run_django(home, "with_simplejwt") as url:
+        yield url
+
+
+def _login(url: str, name: str = "alice") -> dict[str, str]:
+    given = {"username": name, "password": "secret"}
+    found: dict[str, str] = send("POST", f"{url}/login", json=given).raise_for_status().json()
+    accepted(f"{url}/me", found["access"])
+    return found
+
+
+def test_simplejwt_tracks_what_it_issues(simplejwt: str, home: Home) -> None:
+    """A login is one session, by sid, sub and auth_time, in both tokens; both are tracked; a refresh carries it on."""
+    pair = _login(simplejwt)
+    access, refresh = _claims(pair["access"]), _claims(pair["refresh"])
+    for name in ("iss", "sid", "sub", "auth_time", "user_id"):
+        assert access[name] == refresh[name]
+    for token in pair.values():
+        tracked = _tracked(home, token)
+        assert tracked is not None
+        assert (tracked.sid, tracked.sub, tracked.exp) == (access["sid"], access["user_id"], _claims(token)["exp"])
+    assert accepted(f"{simplejwt}/me", pair["access"]).json() == "alice"
+    again = send("POST", f"{simplejwt}/refresh", json={"refresh": pair["refresh"]}).raise_for_status().json()
+    for token in again.values():
+        assert _tracked(home, token) is not None
+        assert (_claims(token)["sid"], _claims(token)["auth_time"]) == (access["sid"], access["auth_time"])
+    assert get(f"{simplejwt}/me", again["access"]).status_code == 200
+
+
+def test_simplejwt_refuses_a_rotated_refresh_token(simplejwt: str) -> None:
+    """After a rotation the old refresh token is refused, while the session goes on."""
+    pair = _login(simplejwt)
+    again = send("POST", f"{simplejwt}/refresh", json={"refresh": pair["refresh"]}).json()
+    until(lambda: send("POST", f"{simplejwt}/refresh", json={"refresh": pair["refresh"]}).status_code == 401)
+    for token in (pair["access"], again["access"]):
+        assert get(f"{simplejwt}/me", token).status_code == 200
+    assert send("POST", f"{simplejwt}/refresh", json={"refresh": again["refresh"]}).status_code == 200
+
+
+def test_simplejwt_logout_ends_the_session(simplejwt: str) -> None:
+    """`blacklist` refuses every token of the session at once, with 401 invalid_token, and of no other session."""
+    pair, other = _login(simplejwt), _login(simplejwt)
+    assert send("POST", f"{simplejwt}/verify", json={"token": pair["access"]}).status_code == 200
+    assert send("POST", f"{simplejwt}/logout", json={"refresh": pair["refresh"]}).status_code == 200
+    refused = until(lambda: found if (found := get(f"{simplejwt}/me", pair["access"])).status_code == 401 else None)
+    assert refused.headers["www-authenticate"].startswith('Bearer realm="api", error="invalid_token"')
+    assert refused.json()["code"] == "token_not_valid"
+    assert pair["access"] not in refused.text
+    for path, body in (("refresh", {"refresh": pair["refresh"]}), ("verify", {"token": pair["access"]})):
+        assert send("POST", f"{simplejwt}/{path}", json=body).status_code == 401
+    assert get(f"{simplejwt}/me", other["access"]).status_code == 200
+
+
+def test_simplejwt_and_a_revoked_user(simplejwt: str, home: Home) -> None:
+    """A subject's revocation refuses its sessions so far, refreshed or not; a new login is let in."""
+    pair = _login(simplejwt, "bob")
+    home.issuer.revoke("subject", {"sub": str(_claims(pair["access"])["sub"])}, reason="lost phone")
+    until(lambda: get(f"{simplejwt}/me", pair["access"]).status_code == 401)
+    assert send("POST", f"{simplejwt}/refresh", json={"refresh": pair["refresh"]}).status_code == 401
+    assert get(f"{simplejwt}/me", _login(simplejwt, "bob")["access"]).status_code == 200
+
+
+def test_simplejwt_without_a_token(simplejwt: str) -> None:
+    """No token is 401 without an error code; a refresh token is no access token."""
+    assert get(f"{simplejwt}/me").headers["www-authenticate"] == 'Bearer realm="api"'
+    assert get(f"{simplejwt}/me", _login(simplejwt)["refresh"]).status_code == 401
