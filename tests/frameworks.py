@@ -29,7 +29,7 @@ from tests.deployment import ROOT, until
 EXAMPLES = ROOT / "examples" / "frameworks"
 ISS = "https://auth.example"
 AUD = "shop"
-# Making one takes longer than a request; it keeps no connection, so that none outlives its server, and gets no cookie.
+# Making one takes longer than a request; it keeps no connection, which would outlive its server.
 _client = httpx.Client(trust_env=False, timeout=20, limits=httpx.Limits(max_keepalive_connections=0))
 
 
@@ -143,6 +143,7 @@ def accepted(url: str, token: str) -> httpx.Response:
 def send(method: str, url: str, token: str | None = None, **options: Any) -> httpx.Response:
     """A request with a Bearer token."""
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    _client.cookies.clear()
     return _client.request(method, url, headers=headers, **options)
 
 

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from knell import logs
-from knell.cli import doctor, keys, parked, revocations, services, topology
+from knell.cli import doctor, imports, keys, parked, revocations, services, topology
 from knell.cli.output import Exit, Output, exit_code, output_of
 from knell.errors import KnellError
 
@@ -117,6 +117,7 @@ app.command(name="status", short_help="Say which services have applied a revocat
 app.add_typer(parked.app, name="parked")
 app.command(name="audit", short_help="Say who has revoked, undone and replayed what.")(revocations.audit)
 app.add_typer(keys.app, name="keys")
+app.add_typer(imports.app, name="import")
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ import functools
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol, cast
 
-from knell.errors import DenylistStale, TokenRefused
+from knell.errors import DenylistStale, KnellError, TokenRefused
 from knell.integrations import needs
 from knell.integrations.refusals import REALM, bearer, claims_of, refusal
 from knell.tokens import TokenRef
@@ -159,7 +159,7 @@ class EndedSessionMiddleware(_Middleware):
         if token is None:
             return None
         try:
-            self._verifier.check(token, kid=token.get("kid"), of_session=True)
+            self._verifier.check(TokenRef.from_json(token), of_session=True)
         except TokenRefused as error:
             return error
         return None
@@ -180,14 +180,19 @@ def bind_session(request: HttpRequest, claims: Mapping[str, Any]) -> TokenRef:
 
     Raises:
         InvalidClaims: these are no claims of a token.
+        KnellError: the index does not take it: the token has ended, or the index is away. The session was flushed.
     """
-    token = TokenRef.from_claims(claims)
+    token = verifier().reference(claims)
     request.session[SESSION_KEY] = token.as_json()
     request.session.save()
     sessions: SessionIndex | None = configured("SESSIONS")
     if sessions is not None:
         assert request.session.session_key is not None
-        sessions.add(request.session.session_key, token)
+        try:
+            sessions.add(request.session.session_key, token)
+        except KnellError:
+            request.session.flush()
+            raise
     return token
 
 
