@@ -108,16 +108,30 @@ def serve_wsgi(app: Any) -> Iterator[str]:
             thread.join(20)
 
 
+ON_UVICORN = """
+import importlib, sys, uvicorn
+importlib.import_module(sys.argv[1])
+from django.core.asgi import get_asgi_application
+uvicorn.run(get_asgi_application(), port=int(sys.argv[2]), lifespan="off")
+"""
+
+
 @contextlib.contextmanager
-def run_django(home: Home, name: str, **environ: str) -> Iterator[str]:
-    """The URL of a Django example, which is a process of its own: settings are there once in a process."""
+def run_django(home: Home, name: str, *, asgi: bool = False, **environ: str) -> Iterator[str]:
+    """The URL of a Django example, which is a process of its own: settings are there once in a process.
+
+    It is on Django's own server, or with `asgi` on uvicorn.
+    """
     port = _free_port()
+    arguments = [str(EXAMPLES / f"{name}.py"), "runserver", "--noreload", str(port)]
+    if asgi:
+        arguments = ["-c", ON_UVICORN, name, str(port)]
     log = home.directory / f"{name}.log"
     with log.open("wb") as written:
         process = subprocess.Popen(
-            [sys.executable, "-W", "error", str(EXAMPLES / f"{name}.py"), "runserver", "--noreload", str(port)],
+            [sys.executable, "-W", "error", *arguments],
             cwd=home.directory,
-            env=home.environ(**environ),
+            env=home.environ(PYTHONPATH=str(EXAMPLES), **environ),
             stdout=written,
             stderr=subprocess.STDOUT,
         )

@@ -100,21 +100,22 @@ def test_fastapi_users(home: Home) -> None:
 # ---- Django's sessions
 
 
-def test_django_sessions(home: Home) -> None:
+@pytest.mark.parametrize("asgi", [False, True])
+def test_django_sessions(home: Home, asgi: bool) -> None:
     """A session that was opened with a token is anonymous once the token's session is revoked; another one is not."""
     with (
-        run_django(home, "with_django_sessions") as url,
+        run_django(home, "with_django_sessions", asgi=asgi) as url,
         httpx.Client(base_url=url, trust_env=False) as alice,
         httpx.Client(base_url=url, trust_env=False) as bob,
     ):
         for client, name in ((alice, "alice"), (bob, "bob")):
             assert client.post("/login").status_code == 401
-            token = home.token(sub=name, sid=f"session-of-{name}")
+            token = home.token(sub=name, sid=f"session-of-{name}-{asgi}")
             accepted(f"{url}/login", token)
             assert client.post("/login", headers={"Authorization": f"Bearer {token}"}).text == "welcome"
             assert client.get("/me").text == name
         before = alice.cookies["sessionid"]
-        home.issuer.revoke("session", {"sid": "session-of-alice"})
+        home.issuer.revoke("session", {"sid": f"session-of-alice-{asgi}"})
         until(lambda: alice.get("/me").text == "nobody")
         assert bob.get("/me").text == "bob"
         # The old cookie opens nothing any more.
