@@ -32,3 +32,19 @@ def test_the_documented_default_of_a_limit_is_its_default(field: object) -> None
 def test_no_other_variable_is_promised() -> None:
     """A name that no code reads would be set in vain."""
     assert set(re.findall(r"KNELL_[A-Z_]+", TEXT)) - {"KNELL_"} == set(NAMES)
+
+
+EXAMPLE = re.compile(r"^<!-- (examples/\S+) -->\n```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SHOWN = EXAMPLE.findall((ROOT / "docs" / "frameworks.md").read_text())
+
+
+@pytest.mark.parametrize(("path", "text"), SHOWN, ids=[path for path, _ in SHOWN])
+def test_an_example_is_shown_as_it_runs(path: str, text: str) -> None:
+    """What docs/frameworks.md shows is the file that the tests run."""
+    assert (ROOT / path).read_text() == text
+
+
+def test_every_example_of_a_framework_is_shown() -> None:
+    """None is left out."""
+    files = {f"examples/frameworks/{file.name}" for file in (ROOT / "examples" / "frameworks").glob("with_*.py")}
+    assert files == {path for path, _ in SHOWN}
