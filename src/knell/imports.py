@@ -85,6 +85,7 @@ def import_blacklist(
     leeway_seconds: float,
     dry_run: bool = False,
     reason: str | None = None,
+    actor: str | None = None,
     clock: Callable[[], float] = time.time,
 ) -> Report:
     """Revoke every token of a blacklist that has not ended.
@@ -97,6 +98,7 @@ def import_blacklist(
         leeway_seconds: how long after its exp a token may still be accepted (`Rules.leeway_seconds`).
         dry_run: change nothing.
         reason: shown to whoever is refused.
+        actor: who asks for it, for the audit log.
 
     Raises:
         InvalidRevocation, InvalidSettings: the reason, the issuer or its key cannot be used.
@@ -104,7 +106,8 @@ def import_blacklist(
     report = Report()
     try:
         for entry in entries:
-            _one(issuer, entry, report, ended=clock() - leeway_seconds, dry_run=dry_run, reason=reason)
+            ended = clock() - leeway_seconds
+            _one(issuer, entry, report, ended=ended, dry_run=dry_run, reason=reason, actor=actor)
             report.position = without_tokens(entry.position)
             if report.stopped is not None:
                 break
@@ -113,9 +116,7 @@ def import_blacklist(
     return report
 
 
-def _one(
-    issuer: Issuer, entry: Listed | Bad, report: Report, *, ended: float, dry_run: bool, reason: str | None
-) -> None:
+def _one(issuer: Issuer, entry: Listed | Bad, report: Report, *, ended: float, dry_run: bool, **told: Any) -> None:
     if isinstance(entry, Bad):
         report.bad.append(entry)
     elif (why := _wrong_with(entry)) is not None:
@@ -129,9 +130,9 @@ def _one(
             "token",
             {"jti": entry.jti},
             exp=entry.exp,
-            reason=reason,
             initiating_entity="system",
             idempotency_key=_id(issuer.iss, entry.jti),
+            **told,
         )
         report.revoked += revoked.created
         report.known += not revoked.created

@@ -10,6 +10,7 @@ import typer
 
 from knell import checkup, imports
 from knell.cli.output import Exit, finish, output_of
+from knell.cli.revocations import user
 from knell.errors import InvalidInput
 from knell.issuer import Issuer
 from knell.keys import notice_key
@@ -85,7 +86,12 @@ def _run(
         out.note(distrust)
     with Issuer(iss, notice_key=key, settings=settings) as issuer:
         report = imports.import_blacklist(
-            issuer, entries, leeway_seconds=settings.rules.leeway_seconds, dry_run=dry_run, reason=reason
+            issuer,
+            entries,
+            leeway_seconds=settings.rules.leeway_seconds,
+            dry_run=dry_run,
+            reason=reason,
+            actor=user(),
         )
     document: dict[str, Any] = {
         "dry_run": dry_run,

@@ -13,7 +13,7 @@ from knell.verifier import Verifier
 
 with needs("flask-jwt-extended"):
     from flask import Flask, Response, jsonify
-    from flask_jwt_extended import JWTManager, decode_token
+    from flask_jwt_extended import JWTManager, decode_token, get_unverified_jwt_headers
 
 __all__ = ["Blocklist", "track"]
 
@@ -81,5 +81,6 @@ def track(issuer: Issuer, token: str) -> str:
     Raises:
         InvalidClaims, SessionRevoked, Unavailable: as `Issuer.track`.
     """
-    issuer.track({"iss": issuer.iss, **decode_token(token)})
+    claims = decode_token(token)
+    issuer.track({"iss": issuer.iss, **claims, "kid": get_unverified_jwt_headers(token).get("kid")})
     return token
