@@ -97,6 +97,15 @@ def test_fastapi_users(home: Home) -> None:
         assert get(f"{url}/me", login("bob")).json() == "bob@shop.example"
 
 
+def test_fastapi_users_with_store_and_broker_away(home: Home) -> None:
+    """A login that nobody would be told the end of is 503 with Retry-After."""
+    away = {"KNELL_STORE_URL": "redis://127.0.0.1:1/0", "KNELL_BROKER_URL": "amqp://127.0.0.1:1/"}
+    with home.loaded("with_fastapi_users", **away) as names, serve_asgi(names["app"]) as url:
+        form = {"username": "alice@shop.example", "password": "alice's password"}
+        answer = send("POST", f"{url}/login", data=form)
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+
+
 # ---- Django's sessions
 
 
@@ -120,6 +129,67 @@ def test_django_sessions(home: Home, asgi: bool) -> None:
         assert bob.get("/me").text == "bob"
         # The old cookie opens nothing any more.
         assert httpx.get(f"{url}/me", cookies={"sessionid": before}, trust_env=False).text == "nobody"
+
+
+# In a process of its own: Django's settings are there once in a process.
+BIND = """
+from django.conf import settings
+from django.core.exceptions import ImproperlyConfigured
+from django.http import HttpRequest
+from django.test import override_settings
+from knell import Settings, Verifier
+from knell.errors import StoreUnavailable
+from knell.keys import SigningKey
+
+class Index:
+    added, away = [], False
+
+    def add(self, session_key, token):
+        if self.away:
+            raise StoreUnavailable("the index is away")
+        self.added.append((session_key, token))
+
+index = Index()
+verifier = Verifier(SigningKey.generate(), algorithms=["EdDSA"], issuer="i", audience=None, settings=Settings())
+settings.configure(SESSION_ENGINE="django.contrib.sessions.backends.cache",
+                   KNELL={"VERIFIER": verifier, "SESSIONS": index})
+from django.contrib.sessions.backends.cache import SessionStore
+from knell.integrations.django import BearerMiddleware, bind_session
+
+claims = {"iss": "i", "jti": "j", "exp": 2e9, "sub": "alice", "sid": "s", "email": "alice@shop.example"}
+request = HttpRequest()
+request.session = SessionStore()
+token = bind_session(request, claims)
+key = request.session.session_key
+assert index.added == [(key, token)] and (token.sid, token.sub) == ("s", "alice")
+assert SessionStore(key)["knell.token"] == {name: claims[name] for name in ("iss", "jti", "exp", "sub", "sid")}
+
+index.away = True
+try:
+    bind_session(request, claims)
+except StoreUnavailable:
+    assert request.session.session_key is None and not SessionStore(key).exists(key)
+else:
+    raise AssertionError("bound to nothing")
+
+for wrong, said in (({"VERIFYER": verifier}, "VERIFYER"), ({}, "must be a knell.Verifier"),
+                    ({"VERIFIER": verifier, "EXEMPT": "/health"}, "not one string")):
+    with override_settings(KNELL=wrong):
+        try:
+            BearerMiddleware(lambda request: None)
+        except ImproperlyConfigured as error:
+            assert said in str(error), error
+        else:
+            raise AssertionError(said)
+print("all is well")
+"""
+
+
+def test_bind_session_tells_the_index(home: Home) -> None:
+    """The index gets the session's key and token; without it the session is no more; wrong settings are told."""
+    command = [sys.executable, "-W", "error", "-c", BIND]
+    done = subprocess.run(command, env=home.environ(), cwd=home.directory, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (0, "all is well"), done.stderr
 
 
 # ---- djangorestframework-simplejwt

@@ -18,7 +18,7 @@ import functools
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol, cast
 
-from knell.errors import DenylistStale, KnellError, TokenRefused
+from knell.errors import DenylistStale, InvalidClaims, KnellError, TokenInvalid, TokenRefused
 from knell.integrations import needs
 from knell.integrations.refusals import REALM, bearer, claims_of, refusal
 from knell.tokens import TokenRef
@@ -162,6 +162,8 @@ class EndedSessionMiddleware(_Middleware):
             self._verifier.check(TokenRef.from_json(token), of_session=True)
         except TokenRefused as error:
             return error
+        except InvalidClaims as error:  # not what bind_session has put there
+            return TokenInvalid(str(error))
         return None
 
     def _stale(self, found: TokenRefused) -> HttpResponse | None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Generic
 from uuid import uuid4
 
 from knell.async_issuer import AsyncIssuer
-from knell.errors import DenylistStale, TokenRefused
+from knell.errors import DenylistStale, TokenRefused, Unavailable
 from knell.integrations import needs
-from knell.integrations.refusals import refusal
+from knell.integrations.refusals import RETRY_AFTER_SECONDS, refusal
 from knell.verifier import Verifier
 
 with needs("fastapi-users"):
@@ -66,22 +68,20 @@ class KnellStrategy(Strategy[models.UP, models.ID], Generic[models.UP, models.ID
             return None
 
     async def write_token(self, user: models.UP) -> str:
-        """A tracked token for a user, in a new session.
-
-        Raises:
-            Unavailable: store and broker are both away.
-        """
+        """A tracked token for a user, in a new session; 503 if store and broker are both away."""
         claims: dict[str, Any] = {"sub": str(user.id), "aud": self._audience, "sid": uuid4().hex}
-        return (await self._issuer.issue(claims, ttl_seconds=self._ttl_seconds)).token
+        with _or_try_again():
+            return (await self._issuer.issue(claims, ttl_seconds=self._ttl_seconds)).token
 
     async def destroy_token(self, token: str, user: models.UP) -> None:
-        """Log out: revoke the token's session, here and in every other service."""
+        """Log out: revoke the token's session, here and in every other service; 503 if nothing could be revoked."""
         del user  # its token says whose it is
         claims = self._claims(token)
         if claims is None:
             return  # it has ended since the request began
         scope, claim = ("session", "sid") if "sid" in claims else ("token", "jti")
-        await self._issuer.revoke(scope, {claim: claims[claim]}, reason="logout", initiating_entity="user")
+        with _or_try_again():
+            await self._issuer.revoke(scope, {claim: claims[claim]}, reason="logout", initiating_entity="user")
 
     def _claims(self, token: str) -> dict[str, Any] | None:
         try:
@@ -91,3 +91,12 @@ class KnellStrategy(Strategy[models.UP, models.ID], Generic[models.UP, models.ID
             raise HTTPException(told.status, dict(told.said), told.headers) from None
         except TokenRefused:
             return None
+
+
+@contextmanager
+def _or_try_again() -> Iterator[None]:
+    try:
+        yield
+    except Unavailable:
+        headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
+        raise HTTPException(503, {"error": "temporarily_unavailable"}, headers) from None
