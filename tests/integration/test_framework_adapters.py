@@ -133,6 +133,7 @@ def test_django_sessions(home: Home, asgi: bool) -> None:
 
 # In a process of its own: Django's settings are there once in a process.
 BIND = """
+import time
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 from django.http import HttpRequest
@@ -154,7 +155,7 @@ verifier = Verifier(SigningKey.generate(), algorithms=["EdDSA"], issuer="i", aud
 settings.configure(SESSION_ENGINE="django.contrib.sessions.backends.cache",
                    KNELL={"VERIFIER": verifier, "SESSIONS": index})
 from django.contrib.sessions.backends.cache import SessionStore
-from knell.integrations.django import BearerMiddleware, bind_session
+from knell.integrations.django import BearerMiddleware, EndedSessionMiddleware, bind_session
 
 claims = {"iss": "i", "jti": "j", "exp": 2e9, "sub": "alice", "sid": "s", "email": "alice@shop.example"}
 request = HttpRequest()
@@ -172,6 +173,18 @@ except StoreUnavailable:
 else:
     raise AssertionError("bound to nothing")
 
+key = SigningKey.generate()
+away = Settings(store_url="redis://127.0.0.1:1/0")
+stale = Verifier(key, algorithms=["EdDSA"], issuer="i", audience=None, settings=away, start_wait_seconds=0)
+with override_settings(KNELL={"VERIFIER": stale}):
+    for made in (BearerMiddleware, EndedSessionMiddleware):
+        request = HttpRequest()
+        request.META["HTTP_AUTHORIZATION"] = "Bearer " + key.sign(claims | {"exp": int(time.time()) + 60}, typ="JWT")
+        request.session = {"knell.token": claims}
+        answer = made(lambda request: None)(request)
+        assert (answer.status_code, answer["Retry-After"]) == (503, "5"), answer.content
+stale.close()
+
 for wrong, said in (({"VERIFYER": verifier}, "VERIFYER"), ({}, "must be a knell.Verifier"),
                     ({"VERIFIER": verifier, "EXEMPT": "/health"}, "not one string")):
     with override_settings(KNELL=wrong):
@@ -186,7 +199,8 @@ print("all is well")
 
 
 def test_bind_session_tells_the_index(home: Home) -> None:
-    """The index gets the session's key and token; without it the session is no more; wrong settings are told."""
+    """The index gets the session's key and token; without it the session is no more. A stale denylist is 503 in both
+    kinds of middleware, and wrong settings are told."""
     command = [sys.executable, "-W", "error", "-c", BIND]
     done = subprocess.run(command, env=home.environ(), cwd=home.directory, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout.strip()) == (0, "all is well"), done.stderr

@@ -129,7 +129,7 @@ def test_scopes(served: tuple[str, str], home: Home) -> None:
             assert 'scope="orders:read"' in refused.headers["www-authenticate"]
 
 
-@pytest.mark.parametrize("name", [*SERVERS, *DJANGO])
+@pytest.mark.parametrize("name", [*SERVERS, "with_drf"])
 def test_a_stale_denylist_is_503_with_retry_after(home: Home, name: str) -> None:
     """With a store that nobody reaches, a good token is 503 with Retry-After, and a bad one is still 401."""
     away = {"KNELL_STORE_URL": "redis://127.0.0.1:1/0"}
