@@ -15,7 +15,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from knell import Issuer, SessionEnded, SessionRevoked, TokenExpired, TokenRef, TokenRevoked, Verifier
+from knell import Issued, Issuer, Scope, SessionEnded, SessionRevoked, TokenExpired, TokenRef, TokenRevoked, Verifier
 from knell.keys import SigningKey
 from knell.publisher import connect, queue_depth
 from knell.topology import service_queue
@@ -90,17 +90,46 @@ def test_a_refreshed_session_ends_with_its_last_token(deployment: Deployment, is
         issuer.refresh(second.token, ttl_seconds=60)
 
 
-@pytest.mark.parametrize("scope", ["token", "session", "subject"])
-def test_a_revocation_is_refused_and_told(
-    deployment: Deployment, issuer: Issuer, verifier: Verifier, scope: str
-) -> None:
+@pytest.mark.parametrize("scope", list(Scope))
+def test_a_revocation_is_refused_and_told(deployment: Deployment, issuer: Issuer, scope: Scope) -> None:
     """What is revoked is refused by a verifier in another process's place, and every service is told once."""
-    sub, sid = f"u-{uuid4()}", f"s-{uuid4()}"
-    issued = issuer.issue(claims(sub, sid), ttl_seconds=600)
-    other = issuer.issue(claims(f"u-{uuid4()}", f"s-{uuid4()}"), ttl_seconds=600)
-    assert verifier.verify(issued.token)["sub"] == sub
-    match = {"token": {"jti": issued.ref.jti}, "session": {"sid": sid}, "subject": {"sub": sub}}[scope]
-    revoked = issuer.revoke(scope, match, reason="lost phone", initiating_entity="user", wait_for=SERVICES)
+    iss, key, sub, sid = f"https://{uuid4()}.example", SigningKey.generate(), f"u-{uuid4()}", f"s-{uuid4()}"
+    more = {"client_id": "web", "tenant": "acme", "roles": ["user", "admin"]}
+    own = Issuer(iss, key, notice_key=issuer._revoker.key, settings=deployment.settings)
+    keys = {each.kid: each.verifying_key for each in (key, KEY)}
+    verifier = Verifier(
+        keys=keys, algorithms=["EdDSA"], issuer=[iss, ISS], audience="api", settings=deployment.settings
+    )
+    with own, verifier:
+        issued = own.issue(claims(sub, sid) | more, ttl_seconds=600)
+        other = issuer.issue(claims(f"u-{uuid4()}", f"s-{uuid4()}") | more, ttl_seconds=600)
+        assert verifier.wait_ready(10)
+        assert verifier.verify(issued.token)["sub"] == sub
+        match = {
+            Scope.TOKEN: {"jti": issued.ref.jti},
+            Scope.SESSION: {"sid": sid},
+            Scope.SUBJECT: {"sub": sub},
+            Scope.CLIENT: {"client_id": "web"},
+            Scope.KEY: {"kid": key.kid},
+            Scope.CLAIMS: {"tenant": "acme", "roles": "admin"},
+            Scope.ISSUER: {"iss": iss},
+        }[scope]
+        _revoke_and_undo(deployment, own, verifier, scope, match, issued, other)
+
+
+def _revoke_and_undo(
+    deployment: Deployment,
+    issuer: Issuer,
+    verifier: Verifier,
+    scope: Scope,
+    match: dict[str, str],
+    issued: Issued,
+    other: Issued,
+) -> None:
+    confirm = "roles=admin,tenant=acme" if scope is Scope.CLAIMS else None
+    revoked = issuer.revoke(
+        scope, match, reason="lost phone", initiating_entity="user", confirm=confirm, wait_for=SERVICES
+    )
     assert (revoked.recorded, revoked.published, revoked.created) == ("store", True, True)
     assert {name: each.state for name, each in revoked.services.items()} == dict.fromkeys(SERVICES, "done")
 
@@ -117,7 +146,11 @@ def test_a_revocation_is_refused_and_told(
     told = [r for r in deployment.records(event="session") if r["id"].startswith(f"r-{revoked.id}")]
     assert Counter(record["service"] for record in told) == Counter(SERVICES)
     with pytest.raises(SessionRevoked):
-        issuer.track(issued.ref)
+        issuer.track(issued.token)
+    undone = issuer.undo(revoked.id)
+    assert (undone.created, undone.published, undone.untold) == (True, True, ())
+    until(lambda: refusal() is None, what="the verifier accepts again")
+    assert issuer.track(issued.token).recorded == "store"
 
 
 def test_a_revoked_token_is_not_told_again_at_its_expiry(deployment: Deployment, issuer: Issuer) -> None:
