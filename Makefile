@@ -29,8 +29,11 @@ check: env
 servers:
 	@scripts/servers.sh
 
+# Each worker starts servers of its own, and a file's tests stay together; WORKERS=0 runs them all in one process.
+WORKERS ?= 2
+
 test: env servers
-	$(bin)/python -m pytest --durations=10
+	$(bin)/python -m pytest --durations=10 -n $(WORKERS) --dist loadfile
 
 # Takes the newest versions that pyproject.toml allows, and pins them. Run the tests before committing the result.
 constraints:
