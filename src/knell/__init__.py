@@ -18,7 +18,9 @@ if TYPE_CHECKING:
         InvalidRevocation,
         InvalidSettings,
         KeyRevoked,
+        KeysUnavailable,
         KnellError,
+        NotDecided,
         SessionEnded,
         SessionRevoked,
         StoreUnavailable,
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
         UnknownService,
     )
     from knell.issuer import Issuer
+    from knell.jwks import JwksUrl
+    from knell.keyset import KeyFile
     from knell.notices import Cause, Notice
     from knell.results import Issued, Revoked, Tracking, Undone
     from knell.revocations import InitiatingEntity, Revocation, Scope
@@ -51,6 +55,9 @@ __all__ = [
     "Tracking",
     "Undone",
     "Watch",
+    # keys that change
+    "JwksUrl",
+    "KeyFile",
     # the words
     "Cause",
     "InitiatingEntity",
@@ -75,7 +82,9 @@ __all__ = [
     "InvalidRevocation",
     "InvalidSettings",
     "KeyRevoked",
+    "KeysUnavailable",
     "KnellError",
+    "NotDecided",
     "SessionEnded",
     "SessionRevoked",
     "StoreUnavailable",
@@ -91,6 +100,8 @@ __all__ = [
 _HOMES = {
     "knell.async_issuer": ("AsyncIssuer",),
     "knell.issuer": ("Issuer",),
+    "knell.jwks": ("JwksUrl",),
+    "knell.keyset": ("KeyFile",),
     "knell.notices": ("Cause", "Notice"),
     "knell.results": ("Issued", "Revoked", "Tracking", "Undone"),
     "knell.revocations": ("InitiatingEntity", "Revocation", "Scope"),

@@ -13,23 +13,14 @@ from jwt.utils import base64url_decode
 from knell.errors import InvalidClaims, InvalidSettings, TokenInvalid
 from knell.keyring import KeyRing
 from knell.keys import OWN_TYPES
+from knell.keysource import KeySource
 from knell.settings import Rules
-from knell.tokens import TokenRef, check_time
+from knell.tokens import Claims, TokenRef, check_time
 
 # Above any token in use (a header line is mostly limited to 8 KiB), and small enough to refuse at no cost.
 MAX_TOKEN_BYTES = 16 * 1024
 # Without these a token could be neither named nor ended.
 ALWAYS_REQUIRED = frozenset({"iss", "exp"})
-
-
-class Claims(dict[str, Any]):
-    """A token's claims set (RFC 7519, section 4), which also knows the key that the token was signed with.
-
-    Attributes:
-        kid: that key's id (RFC 7515, section 4.1.4); None if the token names none.
-    """
-
-    kid: str | None = None
 
 
 class Decoder:
@@ -64,13 +55,19 @@ class Decoder:
             "verify_nbf": False,
         }
 
+    @property
+    def source(self) -> KeySource | None:
+        """Where the keys come from, if they change."""
+        return self._ring.source
+
     def decode(self, token: str) -> tuple[Claims, TokenRef]:
         """The claims of a token and what Knell keeps of them; a token without jti has the jti "".
 
         Raises:
             TokenInvalid: it is not a token of this issuer for this audience. The text never has the token in it.
+            KeysUnavailable: there is no key now to check it with.
         """
-        header = _header(token)
+        header = read_header(token)
         key = self._ring.choose(header)
         try:
             claims = Claims(
@@ -85,7 +82,7 @@ class Decoder:
             )
         except jwt.PyJWTError as error:
             raise TokenInvalid(f"the token is not accepted: {error}") from None
-        claims.kid = header.get("kid")
+        claims.kid = key.kid_in(header)
         return claims, self.checked(claims)
 
     def reference(self, claims: Mapping[str, Any]) -> TokenRef:
@@ -110,7 +107,12 @@ class Decoder:
         return found
 
 
-def _header(token: str) -> dict[str, Any]:
+def read_header(token: str) -> dict[str, Any]:
+    """The header of a token, before anything is verified: what it says of keys (jku, jwk, x5u, x5c) is never looked at.
+
+    Raises:
+        TokenInvalid: it has the shape of no token, or asks for what no token here needs.
+    """
     if not isinstance(token, str):
         raise TokenInvalid(f"a token is a string, not {type(token).__name__}")
     if len(token) > MAX_TOKEN_BYTES:

@@ -75,7 +75,15 @@ class TokenRevoked(TokenRefused):
         self.reason = reason
 
 
-class DenylistStale(TokenRefused):
+class NotDecided(TokenRefused):
+    """The verifier cannot tell now whether a token is good, and the token may be: try again later (HTTP 503)."""
+
+
+class KeysUnavailable(NotDecided):
+    """The verifier has no keys to check with: none were fetched yet, or the last ones are older than they may get."""
+
+
+class DenylistStale(NotDecided):
     """The verifier has been out of contact with the store for longer than its policy allows.
 
     Attributes:

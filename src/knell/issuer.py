@@ -23,7 +23,9 @@ from knell.errors import (
     Unavailable,
     UnknownService,
 )
-from knell.keys import OWN_TYPES, SigningKey, notice_key
+from knell.keyring import KeyRing
+from knell.keys import ALGORITHMS, OWN_TYPES, SYMMETRIC, Signer, SigningKey
+from knell.keyset import KeyFile, notice_keys
 from knell.minting import check_foreign, new_claims, read_foreign, refreshed_claims
 from knell.publisher import Publisher
 from knell.results import Issued, Recorded, Revoked, Tracking, Undone, pauses
@@ -31,7 +33,7 @@ from knell.revocations import Revocation, Scope, check_entity, claims_of, make_r
 from knell.revoking import Revoker, check_actor
 from knell.settings import Rules, Settings
 from knell.store import ServiceStatus, Store, Tracked, open_store
-from knell.tokens import ClaimValue, TokenRef
+from knell.tokens import Claims, ClaimValue, TokenRef
 
 # track_many hands the store this many at a time.
 PAGE = 1000
@@ -46,13 +48,14 @@ class Issuer:
 
     Args:
         iss: the `iss` of its tokens.
-        key: a SigningKey; or a PEM private key or secret, with `algorithm`. None: this process mints nothing.
+        key: a SigningKey; a `knell.KeyFile`, whose keys rotate while this runs; or a PEM private key or secret, with
+            `algorithm`. None: this process mints nothing.
         algorithm: HS256, RS256, ES256 or EdDSA.
         kid: names the key; default its thumbprint.
-        notice_key: the EdDSA key that signs revocation notices. Default the one that KNELL_NOTICE_KEY names, else
-            `key` if it is asymmetric. A symmetric key never signs a notice: whoever can verify could forge.
-        foreign_keys: for `track` and `refresh` with tokens of other issuers: by `iss`, the public key (PEM, or a
-            PyJWK) and the algorithm it verifies.
+        notice_key: the EdDSA key (or KeyFile) that signs revocation notices. Default the one that KNELL_NOTICE_KEY
+            names, else `key` if it is asymmetric. A symmetric key never signs a notice: whoever can verify could forge.
+        foreign_keys: for `track` and `refresh` with tokens of other issuers: by `iss`, the key and the algorithm it
+            verifies. The key is a public key (PEM, or a PyJWK), a mapping of `kid` to these, or a `knell.JwksUrl`.
         when_unavailable: with store and broker both away, "raise" Unavailable (default), or "allow": mint all the
             same, and say `recorded="nowhere"`. A revocation always raises.
         settings: default `Settings.from_environ()`.
@@ -66,11 +69,11 @@ class Issuer:
     def __init__(
         self,
         iss: str,
-        key: SigningKey | str | bytes | None = None,
+        key: SigningKey | KeyFile | str | bytes | None = None,
         *,
         algorithm: str | None = None,
         kid: str | None = None,
-        notice_key: SigningKey | None = None,
+        notice_key: SigningKey | KeyFile | None = None,
         foreign_keys: Mapping[str, tuple[Any, str]] | None = None,
         when_unavailable: Literal["raise", "allow"] = "raise",
         settings: Settings | None = None,
@@ -85,7 +88,8 @@ class Issuer:
         self.iss = iss
         self._settings = settings or Settings.from_environ()
         self._key = _load(key, algorithm, kid)
-        self._foreign_keys = dict(foreign_keys or {})
+        self._rings = {} if self._key is None else {iss: _own_ring(self._key)}
+        self._rings |= {of: KeyRing(key, [named]) for of, (key, named) in (foreign_keys or {}).items()}
         self._allow = when_unavailable == "allow"
         self._own_store = store is None
         self._own_publisher = publisher is None
@@ -374,7 +378,7 @@ class Issuer:
     ) -> Issued:
         if self._key is None:
             raise InvalidSettings("this Issuer has no key to sign tokens with; pass key= and algorithm=")
-        key = self._key
+        key = self._key.active
         if str((headers or {}).get("typ", "")).lower().removeprefix("application/").startswith(OWN_TYPES):
             raise InvalidClaims("the header's typ is that of Knell's own messages, which no token may pass for")
         ref = TokenRef.from_claims(claims, kid=key.kid, tracked=self._rules.tracked_claims)
@@ -390,9 +394,8 @@ class Issuer:
         assert tracking.recorded is not None
         return Issued(token, ref, tracking.recorded)
 
-    def _read(self, token: str) -> dict[str, Any]:
-        own = {} if self._key is None else {self.iss: (self._key.verifying_key, self._key.algorithm)}
-        return read_foreign(token, own | self._foreign_keys)
+    def _read(self, token: str) -> Claims:
+        return read_foreign(token, self._rings)
 
     def _foreign(self, token: str | Mapping[str, Any] | TokenRef, now: float) -> tuple[TokenRef, Mapping[str, Any]]:
         """What is kept of a token, and the claims set that it is judged by."""
@@ -462,7 +465,7 @@ class Issuer:
             why = (
                 f"the store does not answer ({error}), and no key signs a command for the broker: set KNELL_NOTICE_KEY"
             )
-        elif self._revoker.publish(self._track_commands(refs, self._revoker.key)):
+        elif self._revoker.publish(self._track_commands(refs, self._revoker.signing_key)):
             return "queued"
         else:
             why = f"neither the store ({error}) nor the broker answers"
@@ -483,7 +486,10 @@ class Issuer:
         ]
 
 
-def _load(key: SigningKey | str | bytes | None, algorithm: str | None, kid: str | None) -> SigningKey | None:
+def _load(key: SigningKey | KeyFile | str | bytes | None, algorithm: str | None, kid: str | None) -> Signer | None:
+    if isinstance(key, KeyFile):
+        _ = key.active  # a file that cannot be read is to be found now, and not with the first login
+        return key
     if key is None or isinstance(key, SigningKey):
         return key
     if algorithm is None:
@@ -491,12 +497,20 @@ def _load(key: SigningKey | str | bytes | None, algorithm: str | None, kid: str 
     return SigningKey.load(key, algorithm=algorithm, kid=kid)
 
 
-def _notice_key(given: SigningKey | None, token_key: SigningKey | None, settings: Settings) -> SigningKey | None:
+def _own_ring(key: Signer) -> KeyRing:
+    if isinstance(key, KeyFile):
+        return KeyRing(key.history, sorted(ALGORITHMS - SYMMETRIC))
+    return KeyRing(key, [key.active.algorithm])
+
+
+def _notice_key(given: Signer | None, token_key: Signer | None, settings: Settings) -> Signer | None:
     if given is not None:
-        if given.symmetric:
-            raise InvalidSettings(f"notice_key is {given.algorithm}: whoever can verify could forge; use an EdDSA key")
+        if given.active.symmetric:
+            raise InvalidSettings(
+                f"notice_key is {given.active.algorithm}: whoever can verify could forge; use an EdDSA key"
+            )
         return given
-    found = notice_key(settings)
-    if found is None and token_key is not None and not token_key.symmetric:
+    found = notice_keys(settings)
+    if found is None and token_key is not None and not token_key.active.symmetric:
         return token_key
     return found

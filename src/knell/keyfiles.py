@@ -5,8 +5,9 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -16,6 +17,7 @@ from jwt.algorithms import get_default_algorithms
 
 from knell.errors import InvalidInput
 from knell.keys import ALGORITHMS, KEY_ERRORS, SYMMETRIC, SigningKey, TrustList, public_key, thumbprint, trust_entry
+from knell.keyset import DatedKey, SigningKeys
 from knell.notices import Cause
 
 PRIVATE_MODE = 0o600
@@ -23,50 +25,77 @@ TRUST_MODE = 0o644
 
 
 def new_key(
-    private: Path, trust: Path, *, issuers: Collection[str], causes: Collection[Cause], if_missing: bool = False
+    private: Path,
+    trust: Path | None,
+    *,
+    issuers: Collection[str],
+    causes: Collection[Cause],
+    algorithm: str = "EdDSA",
+    if_missing: bool = False,
+    now: float | None = None,
 ) -> tuple[SigningKey, bool]:
-    """Make an EdDSA key, and add its public half to a trust list.
+    """Make a key, and add its public half to a trust list.
 
     Args:
-        private: where the PEM goes, with mode 0600. A file that is there is never overwritten.
-        trust: the trust list; made if it is missing.
+        private: where it goes, with mode 0600: as a JWK Set if the name ends with ".json", else as PEM. A file that is
+            there is never overwritten.
+        trust: the trust list; made if it is missing. None: nobody is told of the key.
         issuers: the token issuers that the key may speak for; "*" is any.
         causes: what it may tell.
-        if_missing: a private key that is there is no error: it is taken, and made sure to be in the trust list.
+        algorithm: EdDSA, ES256 or RS256.
+        if_missing: a file that is there is no error: its keys are made sure to be in the trust list.
+        now: Unix seconds; default this machine's clock.
 
     Returns:
-        The key, and whether it was made now.
+        The key that signs now, and whether it was made now.
 
     Raises:
         InvalidInput: a file cannot be read or written, or the private key is there already; nothing was changed.
     """
+    now = time.time() if now is None else now
     with _reported(private):
         exists = private.exists()
         if exists and not if_missing:
             raise InvalidInput(f"{private} exists, and a private key is never overwritten; choose another path")
-        key = SigningKey.load(private.read_bytes(), algorithm="EdDSA") if exists else SigningKey.generate()
-        if not exists:
-            _write_new(private, key.pem())
+        if exists:
+            found = SigningKeys.parse(private.read_bytes(), algorithm=algorithm, name=str(private))
+        else:
+            found = SigningKeys([DatedKey(SigningKey.generate(algorithm), nbf=now)], name=str(private))
+            made = found.keys[0].key
+            as_set = private.suffix == ".json"
+            _write_new(private, _private_set([private_entry(made, now)]).encode() if as_set else made.pem())
     try:
-        trust_key(trust, trust_entry(key, issuers=issuers, causes=causes))
+        for key in found.ever().values() if trust is not None else ():
+            assert trust is not None
+            trust_key(trust, trust_entry(key, issuers=issuers, causes=causes), renew=not exists)
     except InvalidInput:
         if not exists:
             private.unlink()
         raise
-    return key, not exists
+    return found.active(now), not exists
 
 
-def trust_key(trust: Path, entry: Mapping[str, Any]) -> None:
+def trust_key(trust: Path, entry: Mapping[str, Any], *, renew: bool = True) -> None:
     """Add a key to a trust list, or replace the one with the same kid; the file is complete at every moment.
 
+    Args:
+        trust: the list's file; made if it is missing.
+        entry: as `trust_entry` and `public_entry` make it.
+        renew: False for a key that may have been retired or revoked, and stays so.
+
     Raises:
-        InvalidInput: the list cannot be read or written, or the key cannot be trusted; nothing was changed.
+        InvalidInput: the list cannot be read or written, the key cannot be trusted, or it was revoked; nothing was
+            changed.
     """
 
-    def add(keys: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        return [*(each for each in keys if each.get("kid") != entry["kid"]), entry]
-
-    _change(trust, add)
+    with locked(trust):
+        keys = read_trusted(trust)
+        before: Mapping[str, Any] = next((each for each in keys if each["kid"] == entry["kid"]), {})
+        if renew and before.get("revoked") not in (None, False):
+            raise InvalidInput(f"key {entry['kid']} was revoked: it cannot be trusted again; use a new one")
+        kept = {} if renew else {name: before[name] for name in ("exp", "revoked") if name in before}
+        others = [each for each in keys if each["kid"] != entry["kid"]]
+        write_keys((trust, [*others, {**entry, **kept}]), None)
 
 
 def public_entry(
@@ -114,17 +143,101 @@ def _jwk(text: str) -> dict[str, Any]:
     return found
 
 
-def _change(trust: Path, change: Callable[[Sequence[Mapping[str, Any]]], Sequence[Mapping[str, Any]]]) -> None:
-    with _reported(trust):
-        trust.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(trust.parent):
-            text = trust.read_text() if trust.exists() else '{"keys": []}'
-            TrustList.parse(text, name=str(trust))
-            document = json.loads(text)
-            document["keys"] = list(change(document["keys"]))
-            changed = json.dumps(document, indent=2) + "\n"
-            TrustList.parse(changed, name=str(trust))
-            _replace(trust, changed)
+def private_entry(key: SigningKey, nbf: float) -> dict[str, Any]:
+    """One key of a file of private keys; see `knell.keyset.KeyFile`."""
+    return key.private_jwk() | {"nbf": round(nbf, 3)}
+
+
+def read_private(private: Path, algorithm: str = "EdDSA") -> tuple[SigningKeys, list[dict[str, Any]]]:
+    """The keys of a file of private keys, and its entries; of one in PEM, the entry that stands for it."""
+    text = private.read_text()
+    found = SigningKeys.parse(text, algorithm=algorithm, name=str(private))
+    if text.lstrip().startswith("{"):
+        return found, json.loads(text)["keys"]
+    return found, [private_entry(each.key, each.nbf) for each in found.keys]
+
+
+def read_trusted(trust: Path) -> list[dict[str, Any]]:
+    """The entries of a trust list; none of one that is missing. InvalidSettings if it cannot be used."""
+    return list(_trusted(trust)["keys"])
+
+
+def write_keys(
+    trust: tuple[Path, Sequence[Mapping[str, Any]]] | None, private: tuple[Path, Sequence[Mapping[str, Any]]] | None
+) -> None:
+    """Write the entries of a trust list and of a file of private keys, in this order; or neither.
+
+    Each file is complete at every moment, and keeps its mode and its owner. Nothing is written that could not be read.
+
+    Raises:
+        OSError, InvalidSettings: nothing was changed.
+    """
+    texts: list[tuple[Path, str, int]] = []
+    if trust is not None:
+        path, entries = trust
+        texts.append((path, json.dumps(_trusted(path) | {"keys": list(entries)}, indent=2) + "\n", TRUST_MODE))
+        TrustList.parse(texts[-1][1], name=str(path))
+    if private is not None:
+        path, entries = private
+        texts.append((path, _private_set(entries), PRIVATE_MODE))
+        SigningKeys.parse(texts[-1][1], algorithm="EdDSA", name=str(path))
+    before = [(path, path.read_text() if path.exists() else None) for path, _, _ in texts]
+    written = 0
+    try:
+        for path, text, mode in texts:
+            _replace(path, text, new_mode=mode)
+            written += 1
+    except OSError:
+        for (path, old), (_, _, mode) in zip(before[:written], texts, strict=False):
+            if old is not None:
+                _replace(path, old, new_mode=mode)
+        raise
+
+
+@contextmanager
+def locked(*paths: Path | None) -> Iterator[None]:
+    """Keep others from changing these files: of two changes at the same time one would be lost.
+
+    What the system says against one of them becomes InvalidInput.
+    """
+    found = [path for path in paths if path is not None]
+    with _reported(found[0]), ExitStack() as stack:
+        for path in found:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        # Always in the same order, and a folder once: whoever locks it twice waits for himself.
+        for folder in sorted({path.parent.resolve() for path in found}):
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+
+
+def _trusted(trust: Path) -> dict[str, Any]:
+    text = trust.read_text() if trust.exists() else '{"keys": []}'
+    TrustList.parse(text, name=str(trust))
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
+def _private_set(entries: Sequence[Mapping[str, Any]]) -> str:
+    return json.dumps({"keys": list(entries)}, indent=2) + "\n"
+
+
+def _replace(path: Path, text: str, *, new_mode: int) -> None:
+    half = path.with_name(f".{path.name}.{uuid4().hex}")
+    before = path.stat() if path.exists() else None
+    try:
+        # For the owner alone from the first moment: what is written may be a private key.
+        with os.fdopen(os.open(half, os.O_WRONLY | os.O_CREAT | os.O_EXCL, PRIVATE_MODE), "w") as file:
+            if before is not None and (before.st_uid, before.st_gid) != (os.geteuid(), os.getegid()):
+                os.fchown(file.fileno(), before.st_uid, before.st_gid)
+            os.fchmod(file.fileno(), new_mode if before is None else before.st_mode & 0o777)
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        half.replace(path)
+    finally:
+        half.unlink(missing_ok=True)
 
 
 def _write_new(path: Path, content: bytes) -> None:
@@ -136,33 +249,9 @@ def _write_new(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _replace(path: Path, text: str) -> None:
-    half = path.with_name(f".{path.name}.{uuid4().hex}")
-    mode = path.stat().st_mode & 0o777 if path.exists() else TRUST_MODE
-    try:
-        with half.open("x") as file:
-            os.fchmod(file.fileno(), mode)
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        half.replace(path)
-    finally:
-        half.unlink(missing_ok=True)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    # Two changes at the same time would lose one of them.
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 @contextmanager
 def _reported(path: Path) -> Iterator[None]:
+    """Turn what the system says of a file into InvalidInput."""
     try:
         yield
     except UnicodeDecodeError:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import jwt
+import structlog
 from cryptography.hazmat.primitives import serialization
 from jwt.algorithms import get_default_algorithms
 
 from knell.errors import InvalidSettings, TokenInvalid
-from knell.keys import KEY_ERRORS, SYMMETRIC, SigningKey
+from knell.keys import KEY_ERRORS, SYMMETRIC, SigningKey, name_of_secret, public_key, thumbprint
+from knell.keysource import KeySource
+
+log = structlog.get_logger(__name__)
 
 # RFC 7518 names none "none"; PyJWT also knows ES521, which is no registered name.
 _KNOWN = {name: found for name, found in get_default_algorithms().items() if name not in ("none", "ES521")}
@@ -24,11 +28,23 @@ class VerifyingKey:
     Attributes:
         key: a public key object, or the secret's bytes.
         algorithms: names of JWS algorithms (RFC 7518, section 3.1). The token only ever chooses among these.
+        kid: its name. Where it was given without one, its thumbprint (RFC 7638), or of a secret a hash of its hash.
+        named: False where it was given without a name.
     """
 
     # Of HMAC it is the secret itself.
     key: Any = field(repr=False)
     algorithms: tuple[str, ...]
+    kid: str
+    named: bool = True
+
+    def kid_in(self, header: Mapping[str, Any]) -> Any:
+        """The kid of a token with that header, which this key has verified.
+
+        What the header says counts only for a key that was given without a name.
+        """
+        said = header.get("kid")
+        return self.kid if self.named or said is None else said
 
 
 class KeyRing:
@@ -39,83 +55,151 @@ class KeyRing:
 
         Args:
             keys: PEM text of a public or private key; a secret of 32 bytes or more for HS256 (48 for HS384, 64 for
-                HS512); a public key object; a `jwt.PyJWK`; a `knell.keys.SigningKey`; or a mapping of `kid` to these.
+                HS512); a public key object; a `jwt.PyJWK`; a `knell.keys.SigningKey`; a mapping of `kid` to these; or
+                a KeySource, whose keys change.
             algorithms: what is accepted, for example ["EdDSA"]. Either HMAC algorithms or public-key ones, not both.
 
         Raises:
             InvalidSettings: says what was found and what to do. It never shows a key.
         """
         self._algorithms = _check_algorithms(algorithms)
-        if isinstance(keys, SigningKey):
-            keys = {keys.kid: keys}
-        if isinstance(keys, Mapping):
-            if not keys:
-                raise InvalidSettings("keys is an empty mapping; it must map each kid to its key")
-            self._by_kid: dict[str, VerifyingKey] | None = {}
-            for kid, key in keys.items():
-                if not isinstance(kid, str) or not kid:
-                    raise InvalidSettings(f"keys has a kid {kid!r}; a kid is a string with something in it")
-                self._by_kid[kid] = self._read(key, f"key {kid!r}")
-            self._only = next(iter(self._by_kid.values())) if len(self._by_kid) == 1 else None
+        self.source: KeySource | None = None
+        if isinstance(keys, KeySource):
+            if self._algorithms[0] in SYMMETRIC:
+                raise _confused(repr(keys), self._algorithms)
+            self.source = keys
+            self._keys: _Keys | None = None
         else:
-            self._by_kid = None
-            self._only = self._read(keys, "the key")
+            self._keys = _fixed(keys, self._algorithms)
 
     def choose(self, header: Mapping[str, Any]) -> VerifyingKey:
         """The key for a token by its header, whose `kid` decides, and never its `alg`.
 
-        With a single key and no kids known, any kid will do; a header without kid gets the only key, if it is one.
+        With a single key that was given without a name, any kid will do; a header without kid gets the only key, if it
+        is one.
 
         Raises:
             TokenInvalid: there is no such key.
+            KeysUnavailable: there are no keys now, or whether there is such a key is not known yet.
         """
         kid = header.get("kid")
-        if self._by_kid is not None and kid is not None:
-            found = self._by_kid.get(kid) if isinstance(kid, str) else None
-            if found is None:
-                raise TokenInvalid("the token's kid is not one that this verifier has a key for")
+        found = self._now().find(kid)
+        if found is None and self.source is not None and isinstance(kid, str):
+            self.source.look_again()
+            found = self._now().find(kid)
+        if found is not None:
             return found
-        if self._only is None:
+        if kid is None:
             raise TokenInvalid("the token's header has no kid, and this verifier has several keys")
-        return self._only
+        raise TokenInvalid("the token's kid is not one that this verifier has a key for")
 
-    def _read(self, key: object, called: str) -> VerifyingKey:
-        if isinstance(key, jwt.PyJWK):
-            return self._fit(key.key, called, only=key.algorithm_name)
-        if isinstance(key, SigningKey):
-            return self._fit(key.verifying_key, called, only=key.algorithm)
-        if isinstance(key, str | bytes):
-            raw = key.encode() if isinstance(key, str) else key
-            is_pem = raw.lstrip().startswith(b"-----BEGIN")
-            if self._algorithms[0] not in SYMMETRIC:
-                return self._fit(_public_key(raw, called), called)
-            if is_pem:
-                raise InvalidSettings(
-                    f"{called} is a PEM key, but algorithms is {list(self._algorithms)}: whoever has that public key "
-                    "could sign; name the algorithm that the key is for, such as EdDSA"
-                )
-            return self._fit(raw, called)
-        return self._fit(key, called)
+    def _now(self) -> _Keys:
+        if self.source is None:
+            assert self._keys is not None
+            return self._keys
+        given, mine = self.source.keys(), self._keys
+        if mine is None or mine.of is not given:
+            mine = self._keys = _changing(given, self._algorithms)
+        return mine
 
-    def _fit(self, key: Any, called: str, *, only: str | None = None) -> VerifyingKey:
-        allowed = [name for name in self._algorithms if only is None or name == only]
-        reasons: list[str] = []
-        fitting: list[str] = []
-        for name in allowed:
-            try:
-                public = _public_half(_KNOWN[name].prepare_key(key))
-                problem = _KNOWN[name].check_key_length(public)
-            except KEY_ERRORS as error:
-                problem = str(error)
-            if problem:
-                reasons.append(f"{name}: {problem}")
-            else:
-                fitting.append(name)
-                key = public
-        if not fitting:
-            why = "; ".join(reasons) or f"it is for {only}"
-            raise InvalidSettings(f"{called} fits none of the algorithms {list(self._algorithms)} ({why})")
-        return VerifyingKey(key, tuple(fitting))
+
+@dataclass(frozen=True, slots=True)
+class _Keys:
+    by_kid: Mapping[str, VerifyingKey]
+    # The key of a header without kid; and whatever its kid, if that one was given without a name.
+    only: VerifyingKey | None
+    of: Mapping[str, Any] | None = None
+
+    def find(self, kid: object) -> VerifyingKey | None:
+        if kid is None or (self.only is not None and not self.only.named):
+            return self.only
+        return self.by_kid.get(kid) if isinstance(kid, str) else None
+
+
+def _fixed(keys: object, algorithms: Sequence[str]) -> _Keys:
+    if isinstance(keys, SigningKey):
+        keys = {keys.kid: keys}
+    elif isinstance(keys, jwt.PyJWK) and keys.key_id is not None:
+        keys = {keys.key_id: keys}
+    if not isinstance(keys, Mapping):
+        return _Keys({}, _read(keys, "the key", algorithms, kid=None))
+    if not keys:
+        raise InvalidSettings("keys is an empty mapping; it must map each kid to its key")
+    by_kid = {}
+    for kid, key in keys.items():
+        if not isinstance(kid, str) or not kid:
+            raise InvalidSettings(f"keys has a kid {kid!r}; a kid is a string with something in it")
+        by_kid[kid] = _read(key, f"key {kid!r}", algorithms, kid=kid)
+    return _Keys(by_kid, _only(by_kid))
+
+
+def _changing(keys: Mapping[str, Any], algorithms: Sequence[str]) -> _Keys:
+    by_kid, left = {}, []
+    for kid, key in keys.items():
+        try:
+            by_kid[kid] = _read(key, f"key {kid!r}", algorithms, kid=kid)
+        except InvalidSettings:
+            left.append(kid)  # others may use it, with another algorithm
+    if not by_kid:
+        log.warning("no_key_fits", algorithms=list(algorithms), kids=left)
+    return _Keys(by_kid, _only(by_kid), of=keys)
+
+
+def _only(by_kid: Mapping[str, VerifyingKey]) -> VerifyingKey | None:
+    return next(iter(by_kid.values())) if len(by_kid) == 1 else None
+
+
+def _read(key: object, called: str, algorithms: Sequence[str], *, kid: str | None) -> VerifyingKey:
+    if isinstance(key, jwt.PyJWK):
+        return _fit(key.key, called, algorithms, kid, only=key.algorithm_name)
+    if isinstance(key, SigningKey):
+        return _fit(key.verifying_key, called, algorithms, kid, only=key.algorithm)
+    if isinstance(key, str | bytes):
+        raw = key.encode() if isinstance(key, str) else key
+        if algorithms[0] not in SYMMETRIC:
+            return _fit(_public_key(raw, called), called, algorithms, kid)
+        if raw.lstrip().startswith(b"-----BEGIN"):
+            raise _confused(called, algorithms)
+        return _fit(raw, called, algorithms, kid)
+    return _fit(key, called, algorithms, kid)
+
+
+def _fit(key: Any, called: str, algorithms: Sequence[str], kid: str | None, *, only: object = None) -> VerifyingKey:
+    reasons: list[str] = []
+    fitting: list[str] = []
+    # A public JWK, as a key source has it, is read for each algorithm: by itself it may fit several, or none.
+    only = key.get("alg") if isinstance(key, Mapping) else only
+    for name in algorithms:
+        if only is not None and name != only:
+            continue
+        try:
+            read = public_key(key, name) if isinstance(key, Mapping) else _KNOWN[name].prepare_key(key)
+            public = _public_half(read)
+            problem = _KNOWN[name].check_key_length(public)
+        except KEY_ERRORS as error:
+            problem = str(error)
+        if problem:
+            reasons.append(f"{name}: {problem}")
+        else:
+            fitting.append(name)
+            found = public
+    if not fitting:
+        why = "; ".join(reasons) or f"it is for {only}"
+        raise InvalidSettings(f"{called} fits none of the algorithms {list(algorithms)} ({why})")
+    return VerifyingKey(found, tuple(fitting), kid or _name(found, fitting[0]), named=kid is not None)
+
+
+def _name(key: Any, algorithm: str) -> str:
+    if algorithm in SYMMETRIC:
+        return name_of_secret(key)
+    return thumbprint(_KNOWN[algorithm].to_jwk(key, as_dict=True))
+
+
+def _confused(called: str, algorithms: Sequence[str]) -> InvalidSettings:
+    return InvalidSettings(
+        f"{called} is of public keys, but algorithms is {list(algorithms)}: whoever has a public key could sign; name "
+        "the algorithm that the key is for, such as EdDSA"
+    )
 
 
 def _check_algorithms(algorithms: Collection[str]) -> tuple[str, ...]:

@@ -6,23 +6,25 @@ import base64
 import hashlib
 import json
 import os
+import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from uuid import uuid4
 
 import jwt
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from jwt.algorithms import get_default_algorithms
 
 from knell.errors import InvalidSettings, MessageRefused
 from knell.notices import Cause
 from knell.settings import Settings
-from knell.tokens import check_identifier
+from knell.tokens import check_identifier, check_time
 
 # What the `typ` of every signed message of Knell begins with. They are signed with an issuer's key too, and are no
 # access tokens (RFC 8725, section 3.11).
@@ -34,6 +36,11 @@ NOTIFIER = "knell-notifier"
 ANY_ISSUER = "*"
 SYMMETRIC = frozenset({"HS256", "HS384", "HS512"})
 ALGORITHMS = frozenset({"HS256", "RS256", "ES256", "EdDSA"})
+_NEW: Mapping[str, Callable[[], Any]] = {
+    "EdDSA": Ed25519PrivateKey.generate,
+    "ES256": lambda: ec.generate_private_key(ec.SECP256R1()),
+    "RS256": lambda: rsa.generate_private_key(public_exponent=65537, key_size=3072),
+}
 # What PyJWT and cryptography raise for a key that cannot be read, or is of another kind.
 KEY_ERRORS = (ValueError, TypeError, AttributeError, UnsupportedAlgorithm, jwt.PyJWTError)
 
@@ -61,6 +68,11 @@ class SigningKey:
         return self.algorithm in SYMMETRIC
 
     @property
+    def active(self) -> SigningKey:
+        """Itself: a signer whose key never changes. See `Signer`."""
+        return self
+
+    @property
     def verifying_key(self) -> Any:
         """What a signature of it is checked with: the public key, or the secret."""
         return self.key if self.symmetric else self.key.public_key()
@@ -75,6 +87,31 @@ class SigningKey:
             raise InvalidSettings(f"{self.algorithm} has no public key; use RS256, ES256 or EdDSA")
         jwk = _as_jwk(self.algorithm, self.verifying_key)
         return jwk | {"kid": self.kid, "alg": self.algorithm, "use": "sig"}
+
+    def private_jwk(self) -> dict[str, Any]:
+        """The whole key as a JWK. InvalidSettings for a symmetric key."""
+        public = self.public_jwk()
+        return _as_jwk(self.algorithm, self.key) | {name: public[name] for name in ("kid", "alg", "use")}
+
+    @classmethod
+    def from_jwk(cls, jwk: Mapping[str, Any]) -> SigningKey:
+        """Read a private JWK (RFC 7517) with `kid` and `alg`: RS256, ES256 or EdDSA.
+
+        Raises:
+            InvalidSettings: it is none. The text shows nothing of it but the kid.
+        """
+        kid = check_identifier("kid", jwk.get("kid"))
+        algorithm = jwk.get("alg")
+        if algorithm not in sorted(ALGORITHMS - SYMMETRIC):
+            raise InvalidSettings(f"key {kid!r} has alg {algorithm!r}; a key of a set is RS256, ES256 or EdDSA")
+        if "d" not in jwk:
+            raise InvalidSettings(f"key {kid!r} is a public key; here its private half is needed")
+        try:
+            private = get_default_algorithms()[algorithm].prepare_key(jwt.PyJWK(dict(jwk), algorithm=algorithm).key)
+            _check_length(algorithm, private)
+        except (KeyError, *KEY_ERRORS):
+            raise InvalidSettings(f"key {kid!r} is no private JWK for {algorithm}") from None
+        return cls(algorithm, private, kid)
 
     @classmethod
     def load(cls, key: str | bytes, *, algorithm: str, kid: str | None = None) -> SigningKey:
@@ -96,8 +133,7 @@ class SigningKey:
                 raise InvalidSettings(f"the {algorithm} secret has {len(raw)} bytes; it needs 32 or more")
             if raw.lstrip().startswith(b"-----BEGIN"):
                 raise InvalidSettings(f"a PEM key was given for {algorithm}; name the algorithm of that key")
-            named = hashlib.sha256(b"knell-kid" + hashlib.sha256(raw).digest()).digest()
-            return cls(algorithm, raw, kid or _base64url(named)[:16])
+            return cls(algorithm, raw, kid or name_of_secret(raw))
         try:
             private = serialization.load_pem_private_key(raw, password=None)
             prepared = get_default_algorithms()[algorithm].prepare_key(private)
@@ -108,10 +144,15 @@ class SigningKey:
         return cls(algorithm, prepared, kid or thumbprint(jwk))
 
     @classmethod
-    def generate(cls) -> SigningKey:
-        """A new Ed25519 key (EdDSA, RFC 8037)."""
-        private = Ed25519PrivateKey.generate()
-        return cls("EdDSA", private, thumbprint(_as_jwk("EdDSA", private.public_key())))
+    def generate(cls, algorithm: str = "EdDSA") -> SigningKey:
+        """A new key: Ed25519 for EdDSA (RFC 8037), P-256 for ES256, 3072 bits for RS256. Its kid is its thumbprint."""
+        if algorithm not in _NEW:
+            raise InvalidSettings(f"algorithm is {algorithm!r}; a new key is {', '.join(sorted(_NEW))}")
+        while True:
+            private = _NEW[algorithm]()
+            kid = thumbprint(_as_jwk(algorithm, private.public_key()))
+            if not kid.startswith("-"):  # a command line would take it for an option
+                return cls(algorithm, private, kid)
 
     def pem(self) -> bytes:
         """The private key as PEM (PKCS 8)."""
@@ -119,6 +160,14 @@ class SigningKey:
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
         return private
+
+
+class Signer(Protocol):
+    """What signs: a SigningKey, or a `knell.KeyFile`, whose key changes."""
+
+    @property
+    def active(self) -> SigningKey:
+        """The key to sign with now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +179,8 @@ class TrustedKey:
         key: the public key.
         issuers: the token issuers that it may speak for; "*" is any.
         causes: what it may tell: expired, revoked, undone, missed.
+        exp: when a signature of it counts no longer, Unix seconds; None while it is in use.
+        revoked: nothing that it has signed counts.
     """
 
     kid: str
@@ -137,10 +188,16 @@ class TrustedKey:
     key: Any
     issuers: frozenset[str]
     causes: frozenset[Cause]
+    exp: float | None = None
+    revoked: bool = False
 
     def may_tell(self, iss: str, cause: Cause) -> bool:
         """Whether this key may say that something of `iss` ended for that cause. `missed` is of no issuer."""
-        return cause in self.causes and (cause is Cause.MISSED or self.may_track(iss))
+        return self._tells(cause) and (cause is Cause.MISSED or self.may_track(iss))
+
+    def _tells(self, cause: Cause) -> bool:
+        # Who may revoke may take it back: an undo that services refuse would leave them and the verifiers at odds.
+        return cause in self.causes or (cause is Cause.UNDONE and Cause.REVOKED in self.causes)
 
     def may_track(self, iss: str) -> bool:
         """Whether this key may speak for `iss` at all."""
@@ -150,17 +207,32 @@ class TrustedKey:
 class TrustList:
     """The keys that a service, and the notifier for commands, acts on. Asymmetric keys only."""
 
-    def __init__(self, keys: Iterable[TrustedKey]) -> None:
+    def __init__(self, keys: Iterable[TrustedKey], *, clock: Callable[[], float] = time.time) -> None:
         self._keys = {key.kid: key for key in keys}
+        self._clock = clock
+
+    def __iter__(self) -> Iterator[TrustedKey]:
+        """Every key that is listed, those that count no longer as well."""
+        return iter(self._keys.values())
 
     def may_tell(self, kid: str, iss: str, cause: Cause) -> bool:
         """Whether the key with that kid may say that something of `iss` ended for that cause."""
         trusted = self._keys.get(kid)
-        return trusted is not None and trusted.may_tell(iss, cause)
+        return trusted is not None and self._why_not(trusted) is None and trusted.may_tell(iss, cause)
+
+    def _why_not(self, key: TrustedKey) -> str | None:
+        if key.revoked:
+            return "which was revoked"
+        if key.exp is not None and (ago := self._clock() - key.exp) >= 0:
+            return f"whose signatures count no longer since {ago:.0f} s (exp)"
+        return None
 
     @classmethod
     def load(cls, path: Path) -> TrustList:
         """Read a JWK Set (RFC 7517, section 5) whose keys also have `iss` and `causes`.
+
+        A key may have `exp` (Unix seconds) and `revoked` (true, or an object that says when and why), as in OpenID
+        Federation 1.0, section 8.7. Other members are ignored.
 
         Raises:
             InvalidSettings: it cannot be read; the text says what is wrong with which key.
@@ -208,6 +280,8 @@ class TrustList:
         trusted = self._keys.get(header.get("kid", ""))
         if trusted is None:
             raise MessageRefused(f"signed by kid {str(header.get('kid'))[:64]!r}, which the trust list does not have")
+        if (why := self._why_not(trusted)) is not None:
+            raise MessageRefused(f"signed by kid {trusted.kid[:64]!r}, {why}")
         if header.get("alg") != trusted.algorithm or header.get("typ") != typ or "crit" in header:
             raise MessageRefused(f"the header must say alg {trusted.algorithm}, typ {typ}, and nothing critical")
         try:
@@ -229,15 +303,14 @@ def trust_entry(key: SigningKey, *, issuers: Iterable[str], causes: Iterable[Cau
 
 
 def notice_key(settings: Settings) -> SigningKey | None:
-    """The EdDSA key that KNELL_NOTICE_KEY names; None if it names none. On the embedded default, made when missing."""
-    if settings.notice_key is None:
-        return None
-    make_embedded_keys(settings)
-    try:
-        pem = settings.notice_key.read_bytes()
-    except OSError as error:
-        raise InvalidSettings(f"KNELL_NOTICE_KEY {settings.notice_key} cannot be read: {error.strerror}") from None
-    return SigningKey.load(pem, algorithm="EdDSA")
+    """The key that KNELL_NOTICE_KEY signs with now; None if it names none. On the embedded default, made when missing.
+
+    A process that goes on takes `knell.keyset.notice_keys`, which sees the key change.
+    """
+    from knell.keyset import notice_keys
+
+    file = notice_keys(settings)
+    return None if file is None else file.active
 
 
 def trust_list(settings: Settings) -> TrustList:
@@ -263,6 +336,8 @@ def make_embedded_keys(settings: Settings) -> None:
 
 
 def _make_keys(settings: Settings) -> None:
+    from knell.keyset import SigningKeys
+
     assert settings.trust is not None
     assert settings.notice_key is not None
     if settings.trust.exists() and settings.notice_key.exists():
@@ -278,12 +353,12 @@ def _make_keys(settings: Settings) -> None:
         pass
     finally:
         mine.unlink()
-    key = SigningKey.load(settings.notice_key.read_bytes(), algorithm="EdDSA")
-    entry = trust_entry(key, issuers=[ANY_ISSUER], causes=list(Cause))
+    found = SigningKeys.parse(settings.notice_key.read_bytes(), algorithm="EdDSA", name=str(settings.notice_key))
+    entries = [trust_entry(key, issuers=[ANY_ISSUER], causes=list(Cause)) for key in found.ever().values()]
     half = settings.trust.with_suffix(f".{uuid4().hex}")
     try:
         with half.open("x") as trusted:
-            trusted.write(json.dumps({"keys": [entry]}, indent=2))
+            trusted.write(json.dumps({"keys": entries}, indent=2))
         half.replace(settings.trust)
     finally:
         half.unlink(missing_ok=True)
@@ -294,6 +369,11 @@ def thumbprint(jwk: Mapping[str, Any]) -> str:
     members = {"OKP": ("crv", "kty", "x"), "EC": ("crv", "kty", "x", "y"), "RSA": ("e", "kty", "n")}[jwk["kty"]]
     text = json.dumps({name: jwk[name] for name in members}, separators=(",", ":"), sort_keys=True)
     return _base64url(hashlib.sha256(text.encode()).digest())
+
+
+def name_of_secret(secret: bytes) -> str:
+    """The kid of a secret that has none: nothing of it, and not its hash either, can be told from that."""
+    return _base64url(hashlib.sha256(b"knell-kid" + hashlib.sha256(secret).digest()).digest())[:16]
 
 
 def _trusted(entry: Mapping[str, Any], *, name: str) -> TrustedKey:
@@ -310,6 +390,9 @@ def _trusted(entry: Mapping[str, Any], *, name: str) -> TrustedKey:
             key=public_key(entry, algorithm),
             issuers=frozenset(check_identifier("iss", iss) for iss in _list(entry["iss"])),
             causes=frozenset(Cause(cause) for cause in _list(entry["causes"])),
+            exp=None if entry.get("exp") is None else check_time("exp", entry["exp"]),
+            # Whatever is there, but "no": a slip of the pen must not make it count again.
+            revoked=entry.get("revoked") not in (None, False),
         )
     except InvalidSettings:
         raise

@@ -9,9 +9,11 @@ from typing import Any
 import jwt
 from uuid6 import uuid7
 
-from knell.errors import InvalidClaims
+from knell.decoding import read_header
+from knell.errors import InvalidClaims, TokenInvalid
+from knell.keyring import KeyRing
 from knell.settings import Rules
-from knell.tokens import MAX_SHOWN, TokenRef
+from knell.tokens import MAX_SHOWN, Claims, TokenRef, check_identifier
 
 # What the issuer decides, and a caller of `issue` must not.
 DECIDED = ("exp", "iat")
@@ -78,31 +80,29 @@ def check_foreign(ref: TokenRef, *, now: float, rules: Rules) -> None:
     _check_age(ref, now, rules)
 
 
-def read_foreign(token: str, keys: Mapping[str, tuple[Any, str]]) -> dict[str, Any]:
-    """The claims of a token (and the kid of its header) whose signature one of these keys verifies, expired or not.
+def read_foreign(token: str, keys: Mapping[str, KeyRing]) -> Claims:
+    """The claims of a token whose signature a key of its `iss` verifies, expired or not.
 
     Raises:
         InvalidClaims: no key for its iss, or the signature is wrong. The text never has the token in it.
+        KeysUnavailable: the keys of its iss come from a URL that does not answer.
     """
     try:
-        header = jwt.get_unverified_header(token)
+        header = read_header(token)
         iss = jwt.decode(token, options={"verify_signature": False}).get("iss")
-    except jwt.InvalidTokenError as error:
+    except (jwt.InvalidTokenError, TokenInvalid) as error:
         raise InvalidClaims(f"not a JWT: {error}") from None
-    except UnicodeEncodeError:
-        raise InvalidClaims("not a JWT: it is no text in UTF-8") from None
     if not isinstance(iss, str) or iss not in keys:
         raise InvalidClaims(
             f"no key checks tokens of {str(iss)[:256]!r}; pass the verified claims, or give foreign_keys="
         )
-    key, algorithm = keys[iss]
     checks: Any = {"verify_exp": False, "verify_nbf": False, "verify_iat": False, "verify_aud": False}
     try:
-        claims: dict[str, Any] = jwt.decode(token, key, algorithms=[algorithm], options=checks)
-    except (jwt.PyJWTError, ValueError, TypeError) as error:
+        key = keys[iss].choose(header)
+        claims = Claims(jwt.decode(token, key.key, algorithms=key.algorithms, options=checks))
+    except (jwt.PyJWTError, TokenInvalid, ValueError, TypeError) as error:
         raise InvalidClaims(f"the token's signature does not verify: {error}") from None
-    if "kid" in header:
-        claims.setdefault("kid", header["kid"])
+    claims.kid = check_identifier("kid", key.kid_in(header))
     return claims
 
 

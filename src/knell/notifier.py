@@ -27,7 +27,8 @@ from knell.errors import (
     Unavailable,
 )
 from knell.follower import Follower
-from knell.keys import NOTICE_TYPE, NOTIFIER, SigningKey, notice_key
+from knell.keys import NOTICE_TYPE, NOTIFIER, Signer
+from knell.keyset import notice_keys
 from knell.notices import Cause, Notice, NoticeBatch, describe
 from knell.publisher import Publisher, connect, queue_depth
 from knell.revocations import Revocation, Scope, revocation_of_refreshed
@@ -87,7 +88,7 @@ class Notifier:
     Args:
         settings: default `Settings.from_environ()`.
         store, publisher: default those that the settings name.
-        key: signs expiry notices; default the one that KNELL_NOTICE_KEY names.
+        key: signs expiry notices; default the file that KNELL_NOTICE_KEY names, read again when it changes.
         trust: whose commands count; default the list that KNELL_TRUST names.
         clock: this process's clock, Unix seconds.
 
@@ -101,13 +102,13 @@ class Notifier:
         *,
         store: Store | None = None,
         publisher: Publisher | None = None,
-        key: SigningKey | None = None,
+        key: Signer | None = None,
         trust: Trust | None = None,
         clock: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.settings = settings or Settings.from_environ()
-        found = key or notice_key(self.settings)
+        found = key or notice_keys(self.settings)
         if found is None:
             raise InvalidSettings("the notifier has no key to sign with; set KNELL_NOTICE_KEY to an EdDSA key in PEM")
         self._key = found
@@ -231,7 +232,8 @@ class Notifier:
             issued_at=now,
             expires_at=now + self.settings.rules.retention_seconds,
         )
-        return self._key.sign(batch.as_payload(signer=NOTIFIER, audience=self.settings.audience), typ=NOTICE_TYPE)
+        payload = batch.as_payload(signer=NOTIFIER, audience=self.settings.audience)
+        return self._key.active.sign(payload, typ=NOTICE_TYPE)
 
     # ---- the sweep
 
@@ -379,7 +381,7 @@ class Notifier:
         """
         command = self._commands.revoke(jws)
         revocation = command.revocation
-        if revocation.scope is Scope.KEY and revocation.value == self._key.kid:
+        if revocation.scope is Scope.KEY and revocation.value == self._key.active.kid:
             raise MessageRefused("the command revokes the key that the notifier signs with; let it have another first")
         ref: TokenRef | None = None
         if revocation.scope is Scope.TOKEN:
@@ -387,7 +389,7 @@ class Notifier:
             revocation = with_what_is_known(revocation, detached, self.settings.rules.leeway_seconds)
             ref = detached.ref
         notice = Notice.of_revocation(revocation, ref)
-        if ref is not None and self.trust.may_tell(self._key.kid, revocation.iss, Cause.REVOKED):
+        if ref is not None and self.trust.may_tell(self._key.active.kid, revocation.iss, Cause.REVOKED):
             # The issuer could not ask the store; this notice also says which session and subject the token was of.
             jws = self._sign(notice.batch_id, [notice])
         else:

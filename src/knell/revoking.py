@@ -18,7 +18,7 @@ from knell.errors import (
     StoreUnavailable,
     Unavailable,
 )
-from knell.keys import NOTICE_TYPE, SigningKey
+from knell.keys import NOTICE_TYPE, Signer, SigningKey
 from knell.notices import Notice, NoticeBatch, batch_id_of_undo, describe
 from knell.publisher import Publisher
 from knell.results import Revoked, Undone
@@ -51,7 +51,7 @@ class Revoker:
     clock: StoreClock
     settings: Settings
     signer: str
-    key: SigningKey | None
+    key: Signer | None
 
     @property
     def signing_key(self) -> SigningKey:
@@ -60,7 +60,7 @@ class Revoker:
             raise InvalidSettings(
                 "no key signs notices: a symmetric token key must not; set KNELL_NOTICE_KEY to an EdDSA key in PEM"
             )
-        return self.key
+        return self.key.active
 
     # ---- making one
 

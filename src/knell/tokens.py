@@ -23,6 +23,16 @@ MAX_TRACKED_BYTES = 1024
 ClaimValue = str | int | bool
 
 
+class Claims(dict[str, Any]):
+    """A verified token's claims set (RFC 7519, section 4), which also knows the key that the token was signed with.
+
+    Attributes:
+        kid: that key's id (RFC 7515, section 4.1.4). It is no claim: what the payload says of a "kid" does not count.
+    """
+
+    kid: str | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenRef:
     """A token as Knell knows it. (iss, jti) is its name; times are Unix seconds, as NumericDate (RFC 7519, section 2).
@@ -78,7 +88,8 @@ class TokenRef:
 
         Args:
             claims: a decoded claims set. Claims that Knell does not keep are ignored.
-            kid: the `kid` of the token's header, if it is not among the claims.
+            kid: the key that verified the token. Default that of `Claims` (what `Verifier.verify` returns), else "kid"
+                among the claims.
             tracked: further claims to keep.
 
         Raises:
@@ -86,6 +97,8 @@ class TokenRef:
         """
         if not isinstance(claims, Mapping):
             raise InvalidClaims(f"claims must be a mapping, not {type(claims).__name__}")
+        if kid is None and isinstance(claims, Claims):
+            kid = claims.kid
         exp = _time(claims, "exp")
         if exp is None:
             raise InvalidClaims("the token has no 'exp': Knell tracks tokens that end; add an expiry")

@@ -11,12 +11,12 @@ from typing import Any, Self
 
 import structlog
 
-from knell.decoding import Claims, Decoder
+from knell.decoding import Decoder
 from knell.errors import DenylistStale, InvalidSettings, TokenExpired, TokenInvalid, TokenRevoked
 from knell.follower import Follower
 from knell.settings import Settings
 from knell.store import Feed, open_store
-from knell.tokens import TokenRef
+from knell.tokens import Claims, TokenRef
 from knell.watches import TokenEnd, Watch, Watches, ends_at
 
 __all__ = ["AVAILABLE", "STRICT", "Policy", "TokenEnd", "Verifier", "Watch"]
@@ -62,7 +62,8 @@ class Verifier:
     The denylist is a replica in this process, fed by a thread that starts at the first `verify`, `watch`, `wait_ready`
     or `start` in each process: make a verifier at import, fork afterwards, and each child gets a replica of its own.
     A `verify` is no network I/O; only in the first `start_wait_seconds` of a process does it wait until the
-    denylist is there. Call `wait_ready` (or `start`) when a process begins, and it does not wait either.
+    denylist is there. Call `wait_ready` (or `start`) when a process begins, and it does not wait either. With a
+    `JwksUrl`, a token whose kid is not known may wait for one fetch, seldom and for a bounded time.
     """
 
     def __init__(
@@ -86,7 +87,9 @@ class Verifier:
         Args:
             keys: PEM text of a public (or private) key; for HS256 a secret of 32 bytes or more; a public key object; a
                 `jwt.PyJWK`; a `knell.keys.SigningKey`; or a mapping of `kid` to these. With a mapping, a token whose
-                kid is not in it is refused, and one without kid is accepted only if there is a single key.
+                kid is not in it is refused, and one without kid is accepted only if there is a single key. Keys that
+                change: a `knell.JwksUrl`, which is then started and closed with the verifier, or a `knell.KeyFile`.
+                Revocations by kid need keys with names: of a key without one, the token says itself what it is called.
             algorithms: the JWS algorithms that are accepted, for example ["EdDSA"]; never taken from the token. HMAC
                 and public-key algorithms do not mix, and "none" is refused.
             issuer: the `iss` that is accepted, or several. Every key may sign for each of them: issuers that do not
@@ -119,6 +122,7 @@ class Verifier:
         self._decoder = Decoder(
             keys, algorithms=algorithms, issuer=issuer, audience=audience, rules=settings.rules, require=require
         )
+        self._keys = self._decoder.source
         self.policy = policy
         self._rules = settings.rules
         self._leeway_seconds = leeway_seconds
@@ -145,6 +149,7 @@ class Verifier:
             TokenExpired: its exp or session_exp has passed.
             TokenRevoked: it is on the denylist.
             DenylistStale: by the policy, nothing can be accepted now; try again later.
+            KeysUnavailable: the keys come from a URL that does not answer; try again later.
         """
         claims, ref = self._decoder.decode(token)
         self._check(ref, claims)
@@ -276,11 +281,13 @@ class Verifier:
         return self._follower.alarms
 
     def start(self) -> None:
-        """Begin to follow the denylist in this process, and return at once. Calling again is without effect.
+        """Begin to follow the denylist (and a JwksUrl) in this process, and return at once. Calling again is harmless.
 
         Raises:
             RuntimeError: the system has no thread to give. Call it again.
         """
+        if self._keys is not None:
+            self._keys.start()
         if self._follower.started:
             return
         before, self._started_at = self._started_at, self._monotonic()
@@ -291,14 +298,22 @@ class Verifier:
             raise
 
     def wait_ready(self, timeout_seconds: float) -> bool:
-        """Wait until the denylist is there. False if it was not after `timeout_seconds`."""
+        """Wait until the denylist and the keys are there. False if they were not after `timeout_seconds`."""
         self.start()
-        return self._follower.wait_ready(timeout_seconds)
+        deadline = self._monotonic() + timeout_seconds
+        if self._keys is not None and not self._keys.wait_ready(timeout_seconds):
+            return False
+        return self._follower.wait_ready(max(0.0, deadline - self._monotonic()))
 
     def close(self) -> None:
-        """Stop the threads and close the store, if the verifier opened it. Watches are dropped without a call."""
+        """Stop the threads and close the store, if the verifier opened it. Watches are dropped without a call.
+
+        A JwksUrl that another verifier uses too starts again by itself.
+        """
         self._watches.close()
         self._follower.close()
+        if self._keys is not None:
+            self._keys.close()
 
     def __enter__(self) -> Self:
         return self
