@@ -116,7 +116,7 @@ class JwksUrl(KeySource):
     # ---- for a KeyRing
 
     def keys(self) -> Mapping[str, Any]:
-        """By kid, the public JWKs. In the first `timeout_seconds` of a process, waits for the first fetch.
+        """By kid, the public JWKs. At the start of a process it waits for the end of the first fetch.
 
         Raises:
             KeysUnavailable: none were fetched yet, or they are older than `max_age_seconds`.
@@ -124,7 +124,7 @@ class JwksUrl(KeySource):
         if self._thread is None:
             self._start_or_log()
         if self._fetched is None:
-            self.wait_ready(self._started_at + self._timeout_seconds - self._monotonic())
+            self._wait_at_start()
         fetched = self._fetched
         if fetched is None:
             raise KeysUnavailable(f"no keys were fetched from {self._where} yet ({self._trouble or 'no answer yet'})")
@@ -179,6 +179,12 @@ class JwksUrl(KeySource):
             self._thread = None
             self._changed.notify_all()
 
+    def _wait_at_start(self) -> None:
+        left = self._started_at + self._timeout_seconds - self._monotonic()
+        with self._changed:
+            # Once a fetch has failed, whoever comes is told at once.
+            self._changed.wait_for(lambda: self._fetched is not None or self._fetches > 0, max(0.0, left))
+
     def _start_or_log(self) -> None:
         try:
             self.start()
@@ -191,11 +197,17 @@ class JwksUrl(KeySource):
             pass  # `start` has set the thread by then
         while self._thread is me:
             failures = 0 if self._fetch() else failures + 1
-            pause = self._lifespan_seconds * REFRESH_AT * random.uniform(0.9, 1.0)  # noqa: S311
-            if failures:
-                pause = min(FIRST_BACKOFF_SECONDS * 2.0 ** min(failures - 1, 16), self._cooldown_seconds, pause)
             with self._changed:
-                self._changed.wait_for(lambda: self._wanted or self._thread is not me, pause)
+                self._changed.wait_for(lambda: self._wanted or self._thread is not me, self._pause(failures))
+
+    def _pause(self, failures: int) -> float:
+        backoff = FIRST_BACKOFF_SECONDS * 2.0 ** min(failures - 1, 16) if failures else 0.0
+        backoff = min(backoff, self._cooldown_seconds)
+        if self._fetched is None:
+            return backoff
+        # A look-up of an unknown kid that fails while the keys are young is not tried again before they have aged.
+        due = self._fetched.at + self._lifespan_seconds * REFRESH_AT * random.uniform(0.9, 1.0)  # noqa: S311
+        return max(due - self._monotonic(), backoff)
 
     def _fetch(self) -> bool:
         with self._changed:

@@ -40,7 +40,7 @@ class JwksClient(PyJWKClient):
             cache_jwk_set=False,  # what was fetched is kept by whoever asks, and kept when a fetch fails
             headers={"Accept": "application/jwk-set+json, application/json", **headers},
             timeout=timeout_seconds,
-            ssl_context=ssl_context or ssl.create_default_context(),
+            ssl_context=ssl_context or (ssl.create_default_context() if urlsplit(url).scheme == "https" else None),
         )
         self._direct = is_loopback(url)
 
@@ -80,10 +80,12 @@ class JwksClient(PyJWKClient):
 
 def check_url(url: str, *, allow_http: bool) -> None:
     """InvalidSettings for a URL that keys must not be taken from. It is not shown: a secret may stand in it."""
+    if not isinstance(url, str):
+        raise InvalidSettings(f"the JWKS URL is a {type(url).__name__}; give https://HOST/PATH")
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
-    except (ValueError, AttributeError):
+    except ValueError:
         raise InvalidSettings("the JWKS URL cannot be read as a URL") from None
     if parts.scheme not in ("http", "https") or not host:
         raise InvalidSettings(f"the JWKS URL has scheme {parts.scheme!r}; use https://HOST/PATH")

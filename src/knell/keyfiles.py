@@ -16,7 +16,17 @@ from cryptography.hazmat.primitives import serialization
 from jwt.algorithms import get_default_algorithms
 
 from knell.errors import InvalidInput
-from knell.keys import ALGORITHMS, KEY_ERRORS, SYMMETRIC, SigningKey, TrustList, public_key, thumbprint, trust_entry
+from knell.keys import (
+    ALGORITHMS,
+    KEY_ERRORS,
+    SYMMETRIC,
+    SigningKey,
+    TrustList,
+    is_revoked,
+    public_key,
+    thumbprint,
+    trust_entry,
+)
 from knell.keyset import DatedKey, SigningKeys
 from knell.notices import Cause
 
@@ -91,7 +101,7 @@ def trust_key(trust: Path, entry: Mapping[str, Any], *, renew: bool = True) -> N
     with locked(trust):
         keys = read_trusted(trust)
         before: Mapping[str, Any] = next((each for each in keys if each["kid"] == entry["kid"]), {})
-        if renew and before.get("revoked") not in (None, False):
+        if renew and is_revoked(before):
             raise InvalidInput(f"key {entry['kid']} was revoked: it cannot be trusted again; use a new one")
         kept = {} if renew else {name: before[name] for name in ("exp", "revoked") if name in before}
         others = [each for each in keys if each["kid"] != entry["kid"]]

@@ -228,7 +228,7 @@ class TrustList:
         return None
 
     @classmethod
-    def load(cls, path: Path) -> TrustList:
+    def load(cls, path: Path, *, clock: Callable[[], float] = time.time) -> TrustList:
         """Read a JWK Set (RFC 7517, section 5) whose keys also have `iss` and `causes`.
 
         A key may have `exp` (Unix seconds) and `revoked` (true, or an object that says when and why), as in OpenID
@@ -245,10 +245,10 @@ class TrustList:
             raise InvalidSettings(
                 f"the trust list {path} cannot be read ({error.strerror}); KNELL_TRUST names it, `knell keys` makes one"
             ) from None
-        return cls.parse(text, name=str(path))
+        return cls.parse(text, name=str(path), clock=clock)
 
     @classmethod
-    def parse(cls, text: str, *, name: str = "the trust list") -> TrustList:
+    def parse(cls, text: str, *, name: str = "the trust list", clock: Callable[[], float] = time.time) -> TrustList:
         """The same from the text itself."""
         try:
             entries = json.loads(text)["keys"]
@@ -260,7 +260,7 @@ class TrustList:
         for kid, count in Counter(key.kid for key in keys).items():
             if count > 1:
                 raise InvalidSettings(f"{name} has key {kid!r} twice; keep the one that says what it may tell")
-        return cls(keys)
+        return cls(keys, clock=clock)
 
     def verify(self, jws: str, *, typ: str, audience: str) -> tuple[dict[str, Any], TrustedKey]:
         """Check a compact JWS: kid, algorithm, typ, signature and audience, in that order.
@@ -391,8 +391,7 @@ def _trusted(entry: Mapping[str, Any], *, name: str) -> TrustedKey:
             issuers=frozenset(check_identifier("iss", iss) for iss in _list(entry["iss"])),
             causes=frozenset(Cause(cause) for cause in _list(entry["causes"])),
             exp=None if entry.get("exp") is None else check_time("exp", entry["exp"]),
-            # Whatever is there, but "no": a slip of the pen must not make it count again.
-            revoked=entry.get("revoked") not in (None, False),
+            revoked=is_revoked(entry),
         )
     except InvalidSettings:
         raise
@@ -406,6 +405,11 @@ def public_key(jwk: Mapping[str, Any], algorithm: str) -> Any:
     public = get_default_algorithms()[algorithm].prepare_key(jwt.PyJWK(dict(jwk), algorithm=algorithm).key)
     _check_length(algorithm, public)
     return public
+
+
+def is_revoked(jwk: Mapping[str, Any]) -> bool:
+    """Whether a key is marked as revoked: by whatever is there but "no". A slip of the pen must not make it count."""
+    return jwk.get("revoked") is not None and jwk["revoked"] is not False
 
 
 def _check_length(algorithm: str, key: Any) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from knell.errors import InvalidInput, InvalidSettings
-from knell.keys import SigningKey, make_embedded_keys
+from knell.keys import SigningKey, is_revoked, make_embedded_keys
 from knell.keysource import KeySource
 from knell.reread import Reread
 from knell.settings import Settings
@@ -190,5 +190,5 @@ def _dated(jwk: Mapping[str, Any]) -> DatedKey:
         SigningKey.from_jwk(jwk),
         nbf=check_time("nbf", jwk.get("nbf") or 0),
         exp=None if jwk.get("exp") is None else check_time("exp", jwk["exp"]),
-        revoked=jwk.get("revoked") not in (None, False),
+        revoked=is_revoked(jwk),
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import stat
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from knell.keys import (
     COMMAND_TYPE,
     NOTICE_TYPE,
     SigningKey,
+    TrustedKey,
     TrustList,
     make_embedded_keys,
     notice_key,
@@ -221,6 +224,60 @@ def test_a_key_for_any_issuer() -> None:
     assert wide.may_tell("", Cause.MISSED)
 
 
+def test_who_may_revoke_may_undo_and_nobody_else() -> None:
+    """An undo that services refuse would leave them and the verifiers at odds; to revoke takes more than to undo."""
+    _, revokes = believed(trust_entry(KEY, issuers=[ISS], causes=[Cause.REVOKED]))
+    assert revokes.may_tell(ISS, Cause.UNDONE)
+    assert not revokes.may_tell("https://other.example", Cause.UNDONE)
+    _, expires = believed(trust_entry(KEY, issuers=[ISS], causes=[Cause.EXPIRED]))
+    assert not expires.may_tell(ISS, Cause.UNDONE)
+    _, undoes = believed(trust_entry(KEY, issuers=[ISS], causes=[Cause.UNDONE]))
+    assert not undoes.may_tell(ISS, Cause.REVOKED)
+
+
+@pytest.mark.parametrize(
+    "listed", ["https://auth.example/", "https://auth.exampl", "HTTPS://AUTH.EXAMPLE", "https://*.example", "**", ".*"]
+)
+def test_an_issuer_is_meant_to_the_letter(listed: str) -> None:
+    """Nothing that is like an iss, and no pattern, is that iss; "*" alone is any."""
+    _, key = believed(trust_entry(KEY, issuers=[listed], causes=list(Cause)))
+    assert not key.may_tell(ISS, Cause.REVOKED)
+    assert key.may_tell(listed, Cause.REVOKED)
+
+
+def believed(*entries: dict[str, Any], clock: Callable[[], float] = time.time) -> tuple[dict[str, Any], TrustedKey]:
+    """What a trust list says of a message that KEY has signed."""
+    trusting = TrustList.parse(json.dumps({"keys": list(entries)}), clock=clock)
+    return trusting.verify(KEY.sign(PAYLOAD, typ=NOTICE_TYPE), typ=NOTICE_TYPE, audience=AUDIENCE)
+
+
+def test_a_retired_key_counts_until_its_time() -> None:
+    """Up to its exp what it has signed counts, whenever that was; after it neither its messages nor its name do."""
+    entry = trust_entry(KEY, issuers=[ISS], causes=list(Cause)) | {"exp": 1000.5}
+    assert believed(entry, clock=lambda: 1000.4)
+    with pytest.raises(MessageRefused, match="count no longer since 0 s"):
+        believed(entry, clock=lambda: 1000.5)
+    trusting = TrustList.parse(json.dumps({"keys": [entry]}), clock=lambda: 1000.5)
+    assert not trusting.may_tell(KEY.kid, ISS, Cause.REVOKED)
+
+
+@pytest.mark.parametrize("mark", [True, {"revoked_at": 5, "reason": "stolen"}, "yes", 1, 0, "", {}])
+def test_a_revoked_key_counts_for_nothing(mark: Any) -> None:
+    """Whatever `revoked` says, unless it says no."""
+    entry = trust_entry(KEY, issuers=[ISS], causes=list(Cause)) | {"revoked": mark}
+    with pytest.raises(MessageRefused, match="was revoked"):
+        believed(entry)
+    assert not TrustList.parse(json.dumps({"keys": [entry]})).may_tell(KEY.kid, ISS, Cause.REVOKED)
+
+
+@pytest.mark.parametrize(
+    "member", [{"revoked": False}, {"revoked": None}, {"exp": None}, {"x5u": "http://x"}, {"?": 1}]
+)
+def test_other_members_of_an_entry_change_nothing(member: dict[str, Any]) -> None:
+    """What is unknown is ignored, and what says no is no."""
+    assert believed(trust_entry(KEY, issuers=[ISS], causes=list(Cause)) | member)
+
+
 ENTRY = trust_entry(KEY, issuers=[ISS], causes=list(Cause))
 
 
@@ -239,6 +296,10 @@ ENTRY = trust_entry(KEY, issuers=[ISS], causes=list(Cause))
         (json.dumps({"keys": [{**ENTRY, "iss": ISS}]}), "cannot be used"),
         (json.dumps({"keys": [{**ENTRY, "causes": ["bored"]}]}), "cannot be used"),
         (json.dumps({"keys": [{**ENTRY, "x": "AA"}]}), "cannot be used"),
+        (json.dumps({"keys": [{**ENTRY, "exp": "tomorrow"}]}), "cannot be used"),
+        (json.dumps({"keys": [{**ENTRY, "exp": 1e14}]}), "cannot be used"),
+        (json.dumps({"keys": [{"kty": "oct", "k": "AAAA", "kid": "k", "alg": "EdDSA", "iss": ["*"]}]}), "be used"),
+        (json.dumps({"keys": [{"kty": "oct", "k": "AAAA", "kid": "k", "alg": "HS256", "iss": ["*"]}]}), "alg 'HS256'"),
         (json.dumps({"keys": [{name: ENTRY[name] for name in ENTRY if name != "kid"}]}), "cannot be used"),
         (json.dumps({"keys": [ENTRY, ENTRY]}), "twice"),
     ],

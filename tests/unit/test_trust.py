@@ -46,6 +46,20 @@ def test_a_change_of_the_file_counts_at_once(tmp_path: Path) -> None:
     assert trust.may_tell(NEW.kid, "any", Cause.REVOKED)
 
 
+def test_a_file_that_was_closed_and_opened_again_is_read(tmp_path: Path) -> None:
+    """What could not be read for want of a right is read once it may be, though nobody has written to it."""
+    path = tmp_path / "trust" / "trust.json"
+    path.parent.mkdir()
+    _write(path, OLD)
+    trust = TrustFile(Settings(broker_url="amqp://h", trust=path))
+    assert _accepted(trust, OLD)
+    _write(path, NEW)
+    away = path.parent.rename(tmp_path / "away")
+    assert (_accepted(trust, OLD), _accepted(trust, NEW)) == (True, False)
+    away.rename(path.parent)
+    assert (_accepted(trust, OLD), _accepted(trust, NEW)) == (False, True)
+
+
 @pytest.mark.parametrize("broken", ["{", None], ids=["half written", "gone"])
 def test_a_file_that_cannot_be_read_leaves_the_list_as_it_was(tmp_path: Path, broken: str | None) -> None:
     """A broken file makes no message look forged, and the next good one counts."""
