@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from knell import InvalidSettings, Settings, Verifier
+from knell import InvalidSettings, JwksUrl, Settings, Verifier
 from knell.keys import notice_key
 
 EMBEDDED_ISSUER = "https://auth.example"
@@ -15,8 +15,9 @@ EMBEDDED_ISSUER = "https://auth.example"
 def open_verifier(audience: str, settings: Settings) -> Verifier:
     """A verifier of the issuer's tokens for one audience.
 
-    AUTH_ISSUER is the `iss`, AUTH_PUBLIC_KEY the path of the PEM public key (Ed25519). On the embedded default both may
-    be left out: the issuer is then https://auth.example, and its key the one under KNELL_HOME.
+    AUTH_ISSUER is the `iss`, AUTH_PUBLIC_KEY the path of the PEM public key (Ed25519), or AUTH_JWKS_URL where the
+    issuer publishes its keys. On the embedded default all may be left out: the issuer is then https://auth.example, and
+    its key the one under KNELL_HOME.
 
     Raises:
         InvalidSettings: the key is not named, or cannot be read.
@@ -35,6 +36,8 @@ def open_verifier(audience: str, settings: Settings) -> Verifier:
 
 
 def _public_key(settings: Settings) -> Any:
+    if url := os.environ.get("AUTH_JWKS_URL"):
+        return JwksUrl(url)
     path = os.environ.get("AUTH_PUBLIC_KEY")
     if path:
         try:
@@ -43,5 +46,5 @@ def _public_key(settings: Settings) -> Any:
             raise InvalidSettings(f"AUTH_PUBLIC_KEY {path} cannot be read: {error.strerror}") from None
     key = notice_key(settings) if settings.embedded else None
     if key is None:
-        raise InvalidSettings("AUTH_PUBLIC_KEY is not set; it names the PEM file of the issuer's public key")
+        raise InvalidSettings("AUTH_PUBLIC_KEY and AUTH_JWKS_URL are not set; one has to say what its keys are")
     return key
