@@ -151,7 +151,7 @@ def test_notice_keys_rotate_with_no_gap(deployment: Deployment, store: Store) ->
         deployment.stop_one("partner")  # what it is sent now is signed by the old key, and read after the change
         away_from = len(revoked)
         made = rotate(settings.notice_key, settings.trust, rules=settings.rules, now=time.time(), after_seconds=1.0)
-        until(lambda: issuer._signer.kid == made.new.kid, what="the new key signs")
+        until(lambda: issuer._revoker.signing_key.kid == made.new.kid, what="the new key signs")
         signed_by_old, after = len(revoked), len(ends)
         until(lambda: len(ends) >= after + 15, what="traffic goes on")
     finally:

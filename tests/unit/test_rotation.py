@@ -23,7 +23,7 @@ from knell.keyset import SigningKeys
 from knell.notices import Cause
 from knell.rotation import Rotation, retire, revoke, rotate
 from knell.settings import Rules
-from knell.tokens import VerifiedClaims
+from knell.tokens import Claims
 from tests.commandline import Knell
 from tests.jwks_server import JwksServer
 from tests.unit.memory_feed import MemoryFeed, eventually
@@ -311,9 +311,9 @@ def test_the_notice_key_changes_under_an_issuer(settings: Callable[..., Settings
         Issuer(ISS, SigningKey.generate(), settings=shared) as apart,
         Issuer(ISS, own.file, settings=settings(broker_url="amqp://127.0.0.1:1//")) as same,
     ):
-        assert (apart._signer.kid, same._signer.kid) == (own.key.kid, own.key.kid)
+        assert (apart._revoker.signing_key.kid, same._revoker.signing_key.kid) == (own.key.kid, own.key.kid)
         new = take_over(own)
-        assert (apart._signer.kid, same._signer.kid) == (new.kid, new.kid)
+        assert (apart._revoker.signing_key.kid, same._revoker.signing_key.kid) == (new.kid, new.kid)
         assert notice_key(shared).kid == new.kid  # type: ignore[union-attr]
 
 
@@ -350,7 +350,7 @@ def test_the_kid_of_a_token_is_that_of_its_key(settings: Callable[..., Settings]
         given: dict[str, Any] = {"algorithms": ["EdDSA"], "issuer": ISS, "audience": "a", "clock": lambda: NOW}
         with Verifier(keys, **given, settings=settings(), store=feed) as one:
             claims = one.verify(token)
-            assert isinstance(claims, VerifiedClaims)
+            assert isinstance(claims, Claims)
             assert one._decoder.reference(claims) == TokenRef.from_claims(claims)
             return TokenRef.from_claims(claims).kid
 
