@@ -19,6 +19,7 @@ from knell import topology
 from knell.connection import BROKER_ERRORS, connect, hosts
 from knell.errors import BrokerUnavailable, InvalidSettings, KnellError, MessageRefused
 from knell.keys import NOTICE_TYPE, NOTIFIER, SigningKey, TrustedKey, TrustList, notice_key, trust_list
+from knell.keyset import notice_keys
 from knell.notices import Cause
 from knell.replay import all_parked
 from knell.settings import EMBEDDED_BROKER, Settings
@@ -81,6 +82,7 @@ def look_at_keys(settings: Settings) -> Iterator[Finding]:
         return
     if key is not None:
         yield _trusted(trust, key, settings)
+        yield from _coming(trust, settings)
 
 
 def look_at_store(settings: Settings, store: Store, clock: Callable[[], float]) -> Iterator[Finding]:
@@ -209,6 +211,18 @@ def _trusted(trust: TrustList, key: SigningKey, settings: Settings) -> Finding:
         what = f"trust list: {settings.trust} does not let the notice key tell expired and missed"
         return Finding(False, what, "right for an issuer's key; the notifier's needs `--cause expired --cause missed`")
     return Finding(True, f"trust list: {settings.trust} has the notice key")
+
+
+def _coming(trust: TrustList, settings: Settings) -> Iterator[Finding]:
+    """Keys that are yet to sign, and that nobody would believe."""
+    keys = notice_keys(settings)
+    now = time.time()
+    for each in () if keys is None else keys.current.keys:
+        if each.lives(now) and each.nbf > now and _find(trust, each.key, settings) is None:
+            what = (
+                f"trust list: {settings.trust} does not have key {each.key.kid}, which signs in {each.nbf - now:.0f} s"
+            )
+            yield Finding(False, what, "put the trust list here that `knell keys rotate` has changed")
 
 
 def _find(trust: TrustList, key: SigningKey, settings: Settings) -> TrustedKey | None:

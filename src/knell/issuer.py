@@ -488,9 +488,8 @@ class Issuer:
 
 def _load(key: SigningKey | KeyFile | str | bytes | None, algorithm: str | None, kid: str | None) -> Signer | None:
     if isinstance(key, KeyFile):
-        _ = key.active  # a file that cannot be read is to be found now, and not with the first login
-        return key
-    if key is None or isinstance(key, SigningKey):
+        key.check()
+    if key is None or isinstance(key, SigningKey | KeyFile):
         return key
     if algorithm is None:
         raise InvalidSettings("name the key's algorithm: algorithm='EdDSA', 'ES256', 'RS256' or 'HS256'")

@@ -121,7 +121,7 @@ class JwksUrl(KeySource):
         Raises:
             KeysUnavailable: none were fetched yet, or they are older than `max_age_seconds`.
         """
-        if self._thread is None:
+        if not self._running():
             self._start_or_log()
         if self._fetched is None:
             self._wait_at_start()
@@ -158,10 +158,10 @@ class JwksUrl(KeySource):
         Raises:
             RuntimeError: the system has no thread to give. Call it again.
         """
-        if self._thread is not None:
+        if self._running():
             return
         with self._changed:
-            if self._thread is None:
+            if not self._running():
                 thread = threading.Thread(target=self._run, name="knell-jwks", daemon=True)
                 thread.start()
                 self._started_at = self._monotonic()
@@ -178,6 +178,10 @@ class JwksUrl(KeySource):
         with self._changed:
             self._thread = None
             self._changed.notify_all()
+
+    def _running(self) -> bool:
+        # One that a broken log handler has ended is started again.
+        return self._thread is not None and self._thread.is_alive()
 
     def _wait_at_start(self) -> None:
         left = self._started_at + self._timeout_seconds - self._monotonic()
@@ -212,21 +216,25 @@ class JwksUrl(KeySource):
     def _fetch(self) -> bool:
         with self._changed:
             self._wanted, self._fetching, self._asked_at = False, True, self._monotonic()
-        error: str | None = None
         try:
-            self._take(*_usable(self._client.fetch_data()))
-        except PyJWKClientError as failed:
-            error = str(failed)
-        except Exception as failed:  # a mistake in here must not end the thread: nobody would fetch any more
-            error = repr(failed)
-            log.error("jwks_fetch_broke", url=self._where, traceback=traceback_of(failed))
+            error = self._attempt()
+            self._tell(error)
         finally:
             with self._changed:
                 self._fetching = False
                 self._fetches += 1
                 self._changed.notify_all()
-        self._tell(error)
         return error is None
+
+    def _attempt(self) -> str | None:
+        try:
+            self._take(*_usable(self._client.fetch_data()))
+        except PyJWKClientError as failed:
+            return str(failed)
+        except Exception as failed:  # a mistake in here must not end the thread
+            log.error("jwks_fetch_broke", url=self._where, traceback=traceback_of(failed))
+            return repr(failed)
+        return None
 
     def _take(self, keys: Mapping[str, Any], ignored: Mapping[str, str]) -> None:
         before = self._fetched

@@ -67,6 +67,7 @@ class KeyRing:
         if isinstance(keys, KeySource):
             if self._algorithms[0] in SYMMETRIC:
                 raise _confused(repr(keys), self._algorithms)
+            keys.check()
             self.source = keys
             self._keys: _Keys | None = None
         else:

@@ -145,6 +145,10 @@ class KeyFile(KeySource):
             self._published = found
         return self._published
 
+    def check(self) -> None:
+        """See KeySource.check."""
+        _ = self.active
+
     def _read(self) -> SigningKeys:
         try:
             text = self.path.read_bytes()

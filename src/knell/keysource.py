@@ -17,6 +17,9 @@ class KeySource:
         """
         raise NotImplementedError
 
+    def check(self) -> None:
+        """InvalidSettings if it can be said now that no key will come from there."""
+
     def look_again(self) -> None:
         """A token has named a key that is not there: see, for a bounded time, whether it is new.
 

@@ -399,6 +399,34 @@ def test_list_without_files_takes_those_of_the_settings(knell: Knell) -> None:
     assert [each["kid"] for each in listed["private"]] == [each["kid"] for each in listed["trusted"]]
 
 
+def test_doctor_finds_a_key_that_nobody_would_believe(
+    settings: Callable[..., Settings], tmp_path: Path, own: Place
+) -> None:
+    """A new key that is to sign soon, and is not on the trust list, is found while there is time."""
+    knell = Knell(deployed(settings, own))
+    listed = own.trust.read_text()
+    knell("keys", "rotate", "--private", str(own.private), "--trust", str(own.trust))
+    knell("services", "add", "shop")
+
+    def wrong() -> list[str]:
+        found = json.loads(knell.run("doctor", "--json").stdout)["checks"]
+        return [each["what"] for each in found if not each["ok"] and each["what"].startswith("trust list")]
+
+    assert wrong() == []
+    own.trust.write_text(listed)
+    (said,) = wrong()
+    assert "which signs in" in said
+
+
+def test_a_key_file_that_is_not_there(settings: Callable[..., Settings], tmp_path: Path) -> None:
+    """Whoever is given it says so at once, and not with the first request."""
+    missing = KeyFile(tmp_path / "none.json")
+    with pytest.raises(InvalidSettings, match="none[.]json"):
+        Issuer(ISS, missing, settings=settings())
+    with pytest.raises(InvalidSettings, match="none[.]json"):
+        Verifier(missing, algorithms=["EdDSA"], issuer=ISS, audience="a", settings=settings())
+
+
 def test_retire_and_revoke(knell: Knell, tmp_path: Path) -> None:
     """A retired key counts for the retention, a revoked one for nothing and for ever; neither is asked for in vain."""
     trust = tmp_path / "trust.json"
