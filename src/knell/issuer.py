@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 import jwt
@@ -39,6 +39,14 @@ from knell.tokens import Claims, ClaimValue, TokenRef
 PAGE = 1000
 
 log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class _Predecessor:
+    """What names the token that a session is carried on from, as far as it is known."""
+
+    jti: str | None
+    kid: str | None
 
 
 class Issuer:
@@ -150,11 +158,13 @@ class Issuer:
             SessionRevoked: as `issue`; or the token to go on from is revoked: what was stolen is not refreshed.
             Unavailable: as `issue`. While the store is away, neither an ended session nor a revoked token is noticed.
         """
-        old = self._read(token) if isinstance(token, str) else dict(token)
+        given = self._read(token) if isinstance(token, str) else token
+        old = dict(given)
         now, away = self._clock.read()
         made = refreshed_claims(old, claims, iss=self.iss, now=now, ttl_seconds=ttl_seconds, rules=self._rules)
         jti = old.get("jti")
-        predecessor = jti if isinstance(jti, str) else None
+        kid = given.kid if isinstance(given, Claims) else old.get("kid")
+        predecessor = _Predecessor(jti if isinstance(jti, str) else None, kid if isinstance(kid, str) else None)
         return self._mint(made, headers, away=away, continuing=True, reopen=reopen, predecessor=predecessor)
 
     def track(self, token: str | Mapping[str, Any] | TokenRef) -> Tracking:
@@ -374,7 +384,7 @@ class Issuer:
         away: StoreUnavailable | None,
         continuing: bool = False,
         reopen: bool = False,
-        predecessor: str | None = None,
+        predecessor: _Predecessor | None = None,
     ) -> Issued:
         if self._key is None:
             raise InvalidSettings("this Issuer has no key to sign tokens with; pass key= and algorithm=")
@@ -416,7 +426,7 @@ class Issuer:
         away: StoreUnavailable | None,
         continuing: bool = False,
         reopen: bool = False,
-        predecessor: str | None = None,
+        predecessor: _Predecessor | None = None,
     ) -> list[Tracking]:
         """Track in pages. A store that does not answer is waited for once: all that is left is queued together."""
         found: list[Tracking] = []
@@ -424,7 +434,12 @@ class Issuer:
             try:
                 page, known = refs[len(found) :][:PAGE], claims[len(found) :][:PAGE]
                 tracked = self._store.track(
-                    page, continuing=continuing, reopen=reopen, predecessor=predecessor, claims=known
+                    page,
+                    continuing=continuing,
+                    reopen=reopen,
+                    predecessor=None if predecessor is None else predecessor.jti,
+                    predecessor_kid=None if predecessor is None else predecessor.kid,
+                    claims=known,
                 )
             except StoreUnavailable as error:
                 away = error
@@ -436,14 +451,17 @@ class Issuer:
             found += [Tracking(ref, recorded) for ref in left]
         return found
 
-    def _tracking(self, tracked: Tracked, claims: Mapping[str, Any], predecessor: str | None) -> Tracking:
+    def _tracking(self, tracked: Tracked, claims: Mapping[str, Any], predecessor: _Predecessor | None) -> Tracking:
         if tracked.session_ended:
             assert tracked.ref.sid is not None
             raise SessionEnded(tracked.ref.iss, tracked.ref.sid)
         denied = tracked.denied
         if denied is None:
             return Tracking(tracked.ref, "store")
-        of_predecessor = denied.scope is Scope.TOKEN and denied.value == predecessor
+        of_predecessor = predecessor is not None and (denied.scope, denied.value) in (
+            (Scope.TOKEN, predecessor.jti),
+            (Scope.KEY, predecessor.kid),
+        )
         if not denied.refuses(tracked.ref, claims=claims) and not of_predecessor:
             # Only the store knows how old its session is; verifiers see a fresh token, so it is revoked by name.
             self._revoker.record(revocation_of_refreshed(tracked.ref, denied, now=self._clock.now(), rules=self._rules))

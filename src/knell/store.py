@@ -435,6 +435,7 @@ class Store(Feed, Dedupe, Protocol):
         continuing: bool = False,
         reopen: bool = False,
         predecessor: str | None = None,
+        predecessor_kid: str | None = None,
         claims: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[Tracked]:
         """Record tokens, each under its expiry second and its session.
@@ -451,6 +452,7 @@ class Store(Feed, Dedupe, Protocol):
           and nothing is recorded, unless `reopen`.
         - `predecessor`: the jti, of the same issuer, that a session is carried on from. If that token is revoked, the
           answer is denied, whatever else is true, and nothing is recorded: what was stolen is not refreshed.
+        - `predecessor_kid`: the key that it was signed with; the same if that key is revoked.
         - `claims`: each token's claims set, in the same order, for revocations by claims: nothing of it is kept.
           Without it, a token is judged by the claims that are tracked.
         - A token that the denylist refuses (with the session's start) is not recorded, and the answer says which

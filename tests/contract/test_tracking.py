@@ -221,6 +221,24 @@ def test_a_revoked_predecessor_carries_no_session_on(store: Store, clock: Clock,
     assert refresh("t5", "t1") == (None, False)
 
 
+def test_a_predecessor_of_a_revoked_key_carries_no_session_on(store: Store) -> None:
+    """What a stolen key has signed is not refreshed into a token of another key; of another issuer's key it is."""
+    store.track([token("t1", sid="s1", kid="old")])
+    made = revocation("key", "old", reason="stolen")
+    record(store, made)
+    record(store, revocation("key", "new", iss="https://other.example"))
+
+    def refresh(kid: str | None) -> object:
+        [answer] = store.track(
+            [token("t2", sid="s1", kid="new")], continuing=True, predecessor="t1", predecessor_kid=kid
+        )
+        return answer.denied
+
+    assert refresh("old") == made
+    assert refresh("new") is None
+    assert refresh(None) is None
+
+
 def test_a_revoked_predecessor_goes_before_an_ended_session(store: Store) -> None:
     """Who carries on a session that ended with the token's revocation is told of the revocation."""
     store.track([token("t1", sid="s1")])

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice, product
 from typing import Any
 
-from knell.revocations import Revocation, written_claims
+from knell.revocations import Revocation, Scope, written_claims
 from knell.tokens import comparable, values_of
 
 # Claims that are lists multiply: of a token with more combinations than this, the others are not looked at here.
@@ -17,6 +17,11 @@ MOST_COMBINATIONS = 100
 def names_of(revocation: Revocation) -> list[str]:
     """The names of the claims that a revocation is by, in order."""
     return sorted(revocation.match)
+
+
+def names_of_token(jti: str | None, kid: str | None) -> list[tuple[Scope, str]]:
+    """What names a token of which only this is known: its jti and its key, each with its scope."""
+    return [(scope, value) for scope, value in ((Scope.TOKEN, jti), (Scope.KEY, kid)) if value is not None]
 
 
 def values_by_claims(claims: Mapping[str, Any], sets_of_names: Iterable[Sequence[str]]) -> Iterator[str]:

@@ -35,16 +35,19 @@ class Asked:
 
     Attributes:
         claims: its claims set, as far as it is known.
-        predecessor: the jti that it carries a session on from.
+        predecessor: what names the token that it carries a session on from: what is on these refuses it.
     """
 
     ref: TokenRef
     claims: Mapping[str, Any]
-    predecessor: str | None
+    predecessor: Sequence[tuple[Scope, str]]
 
     @classmethod
     def all(
-        cls, refs: Sequence[TokenRef], claims: Sequence[Mapping[str, Any]] | None, predecessor: str | None
+        cls,
+        refs: Sequence[TokenRef],
+        claims: Sequence[Mapping[str, Any]] | None,
+        predecessor: Sequence[tuple[Scope, str]] = (),
     ) -> list[Asked]:
         """Each of some tokens; without their claims sets, with what is tracked of these."""
         known = map(claims_of, refs) if claims is None else claims
@@ -52,8 +55,8 @@ class Asked:
 
     def deny_keys(self, names: ClaimNames) -> Iterator[bytes]:
         """The keys to look under."""
-        if self.predecessor is not None:
-            yield deny_key(Scope.TOKEN, self.ref.iss, self.predecessor)
+        for scope, value in self.predecessor:
+            yield deny_key(scope, self.ref.iss, value)
         for scope, value in named_by(self.ref):
             yield deny_key(scope, self.ref.iss, value)
         for some in names.by_issuer.get(self.ref.iss, ()):
@@ -70,10 +73,10 @@ class Asked:
         self, started: float | None, denied: Mapping[bytes, Revocation], names: ClaimNames
     ) -> Revocation | None:
         """The revocation that refuses it; None if none does."""
-        stolen = self.predecessor and deny_key(Scope.TOKEN, self.ref.iss, self.predecessor)
+        stolen = [deny_key(scope, self.ref.iss, value) for scope, value in self.predecessor]
         for key in self.deny_keys(names):
             found = denied.get(key)
-            if found is not None and (key == stolen or found.refuses(self.ref, started=started, claims=self.claims)):
+            if found is not None and (key in stolen or found.refuses(self.ref, started=started, claims=self.claims)):
                 return found
         return None
 

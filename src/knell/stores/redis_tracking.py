@@ -9,6 +9,7 @@ from typing import Any
 
 from knell.revocations import Revocation
 from knell.store import Tracked
+from knell.stores.denied import names_of_token
 from knell.stores.redis_codec import pack_ref, read_start
 from knell.stores.redis_denylist import Asked, ClaimNames, all_keys, read_hits
 from knell.stores.redis_link import Command, script
@@ -44,12 +45,13 @@ class RedisTracking(RedisTokens):
         continuing: bool = False,
         reopen: bool = False,
         predecessor: str | None = None,
+        predecessor_kid: str | None = None,
         claims: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[Tracked]:
         answers: list[Tracked] = []
         seconds: set[int] = set()
         # More than a few chunks in one pipeline would outlast the time-out.
-        for some in chunks(Asked.all(refs, claims, predecessor), 8 * TRACK_CHUNK):
+        for some in chunks(Asked.all(refs, claims, names_of_token(predecessor, predecessor_kid)), 8 * TRACK_CHUNK):
             refused, written = self._write(some, must_continue=continuing and not reopen)
             answers += [_answer(one.ref, refused.get(n), written[n], seconds) for n, one in enumerate(some)]
         return answers

@@ -30,6 +30,7 @@ from knell.store import (
 )
 from knell.stores import sql_audit, sql_count, sql_feed, sql_house, sql_log, sql_tokens
 from knell.stores.counting import Page, count
+from knell.stores.denied import names_of_token
 from knell.stores.sql_database import Database, server_version
 from knell.tokens import TokenRef
 
@@ -125,11 +126,16 @@ class SqlStore(Store):
         continuing: bool = False,
         reopen: bool = False,
         predecessor: str | None = None,
+        predecessor_kid: str | None = None,
         claims: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[Tracked]:
         with self._database.write() as tx:
             return sql_tokens.track(
-                tx, refs, must_continue=continuing and not reopen, predecessor=predecessor, claims=claims
+                tx,
+                refs,
+                must_continue=continuing and not reopen,
+                predecessor=names_of_token(predecessor, predecessor_kid),
+                claims=claims,
             )
 
     def armed(self, seconds: Collection[int]) -> None:

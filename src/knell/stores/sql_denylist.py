@@ -24,30 +24,32 @@ class Denied:
     found: Mapping[bytes, Revocation]
     targets: Sequence[Sequence[bytes]]
     claims: Sequence[Mapping[str, Any]]
-    predecessor: str | None
+    predecessor: Sequence[tuple[Scope, str]]
 
     def refusal(self, n: int, ref: TokenRef, started: float | None) -> Revocation | None:
         """The one that refuses the `n`th of the tokens, whose session began at `started`; None if none does."""
         if not self.found:
             return None
-        if self.predecessor is not None:
-            stolen = self.found.get(target_of(Scope.TOKEN, ref.iss, self.predecessor))
-            if stolen is not None:
+        for scope, value in self.predecessor:
+            if (stolen := self.found.get(target_of(scope, ref.iss, value))) is not None:
                 return stolen
         named = (self.found[target] for target in self.targets[n] if target in self.found)
         return next((one for one in named if one.refuses(ref, started=started, claims=self.claims[n])), None)
 
 
 def look(
-    tx: Tx, refs: Sequence[TokenRef], *, predecessor: str | None, claims: Sequence[Mapping[str, Any]] | None
+    tx: Tx,
+    refs: Sequence[TokenRef],
+    *,
+    predecessor: Sequence[tuple[Scope, str]],
+    claims: Sequence[Mapping[str, Any]] | None,
 ) -> Denied:
     """What is denied of these tokens, and of their predecessor."""
     known = [claims_of(ref) for ref in refs] if claims is None else claims
     names = _names(tx, {ref.iss for ref in refs})
     targets = [_targets(ref, its, names.get(ref.iss, ())) for ref, its in zip(refs, known, strict=True)]
     wanted = {target for some in targets for target in some}
-    if predecessor is not None:
-        wanted |= {target_of(Scope.TOKEN, ref.iss, predecessor) for ref in refs}
+    wanted |= {target_of(scope, ref.iss, value) for ref in refs for scope, value in predecessor}
     return Denied(_strongest(tx, wanted), targets, known, predecessor)
 
 

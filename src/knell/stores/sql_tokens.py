@@ -10,7 +10,7 @@ from sqlalchemy import and_, insert, select, update
 
 from knell.errors import NotDue
 from knell.notices import new_batch_id
-from knell.revocations import Revocation
+from knell.revocations import Revocation, Scope
 from knell.store import ARM_LEASE_SECONDS, IMMEDIATE_SECONDS, Claim, Claimed, Detached, Tracked
 from knell.stores import sql_denylist, sql_log
 from knell.stores.sql_database import Tx, chunks
@@ -35,7 +35,7 @@ def track(
     refs: Sequence[TokenRef],
     *,
     must_continue: bool,
-    predecessor: str | None,
+    predecessor: Sequence[tuple[Scope, str]],
     claims: Sequence[Mapping[str, Any]] | None,
 ) -> list[Tracked]:
     """See `Store.track`."""
