@@ -97,12 +97,12 @@ def send(body: bytes, status: int = 200, **headers: str) -> Answer:
     return answer
 
 
-def drip(part: bytes, pause: threading.Event, *, in_header: bool = False) -> Answer:
+def drip(part: bytes, pause: threading.Event, *, seconds: float = 0.05, in_header: bool = False) -> Answer:
     """A part of an answer again and again, each within any time-out for one read, until the client has had enough."""
 
     def answer(request: BaseHTTPRequestHandler) -> None:
         request.wfile.write(b"HTTP/1.1 200 OK\r\n" + (b"" if in_header else b"\r\n"))
-        while not pause.wait(0.05):
+        while not pause.wait(seconds):
             request.wfile.write(part)
 
     return answer

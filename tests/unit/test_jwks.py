@@ -260,7 +260,7 @@ ODD: dict[str, tuple[Any, str]] = {
     "temporary redirect": (send(b"", 307, **HEADER), "redirects"),
     "permanent redirect": (send(b"", 308, **HEADER), "redirects"),
     "ten megabytes": (send(b'{"keys": [' + b" " * 10_000_000 + b"]}"), f"longer than {MAX_BYTES} bytes"),
-    "endless": (drip(b'{"keys": [' + b" " * 65_536, PAUSE), f"longer than {MAX_BYTES} bytes|timed out"),
+    "endless": (drip(b'{"keys": [' + b" " * 65_536, PAUSE, seconds=0.0), f"longer than {MAX_BYTES} bytes"),
     "a byte at a time": (drip(b" ", PAUSE), "timed out"),
     "a byte of the header at a time": (drip(b"X", PAUSE, in_header=True), "timed out"),
     "garbage": (send(b"\x00\xff garbage"), "no JSON"),
@@ -288,7 +288,7 @@ def test_a_server_that_misbehaves_changes_nothing(
     with capture_logs() as logs:
         server.does(answer)
         (told,) = eventually(lambda: [each for each in logs if each["event"] == "jwks_not_fetched"])[:1]
-    assert any(each in told["error"] for each in said.split("|")), told
+    assert said in told["error"]
     assert accepts(one, token())
     assert set(server.requests) == {"/jwks.json"}
 

@@ -619,7 +619,7 @@ def test_a_command_to_revoke_a_client_leaves_its_actor_in_the_audit_log(world: W
 def test_a_command_cannot_revoke_the_key_that_the_notifier_signs_with(world: World) -> None:
     """It would lock out the notifier itself; any other key may be revoked, and for ever."""
     key = command_key(world, issuers=[ISS], causes=[Cause.REVOKED])
-    own = make_revocation("key", {"kid": world.notifier._key.kid}, iss=ISS, now=BEGAN, rules=Rules())
+    own = make_revocation("key", {"kid": world.notifier._key.active.kid}, iss=ISS, now=BEGAN, rules=Rules())
     with pytest.raises(MessageRefused, match="let it have another first"):
         world.notifier.revoke(_asked(world, key, own))
     assert world.store.snapshot() == []
