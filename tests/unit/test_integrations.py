@@ -15,7 +15,7 @@ from flask import Flask, g
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
-from knell.errors import DenylistStale, InvalidSettings, TokenInvalid, TokenRevoked
+from knell.errors import DenylistStale, InvalidSettings, KeysUnavailable, TokenInvalid, TokenRevoked
 from knell.integrations.fastapi import Bearer, LiveWebSocket
 from knell.integrations.flask import Knell
 from knell.integrations.refusals import InsufficientScope, NoToken, bearer, refusal, scopes_of
@@ -77,6 +77,7 @@ def test_one_mapping_for_every_framework() -> None:
     assert narrow.challenge.endswith('scope="a b"')
     stale = refusal(DenylistStale(20.0, 10.0))
     assert (stale.status, stale.challenge, stale.headers["Retry-After"], stale.close_code) == (503, None, "5", 1013)
+    assert refusal(KeysUnavailable("no keys")) == stale
     assert all(told.headers["Cache-Control"] == "no-store" for told in (none, invalid, narrow, stale))
 
 

@@ -18,7 +18,7 @@ import functools
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol, cast
 
-from knell.errors import DenylistStale, InvalidClaims, KnellError, TokenInvalid, TokenRefused
+from knell.errors import InvalidClaims, KnellError, NotDecided, TokenInvalid, TokenRefused
 from knell.integrations import needs
 from knell.integrations.refusals import REALM, bearer, claims_of, refusal
 from knell.tokens import TokenRef
@@ -167,7 +167,7 @@ class EndedSessionMiddleware(_Middleware):
         return None
 
     def _stale(self, found: TokenRefused) -> HttpResponse | None:
-        return self.refused_response(found) if isinstance(found, DenylistStale) else None
+        return self.refused_response(found) if isinstance(found, NotDecided) else None
 
 
 def bind_session(request: HttpRequest, claims: Mapping[str, Any]) -> TokenRef:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from knell.errors import DenylistStale, TokenInvalid, TokenRefused
+from knell.errors import NotDecided, TokenInvalid, TokenRefused
 from knell.integrations import needs
 from knell.integrations.django import configured, verifier
 from knell.integrations.refusals import REALM, RETRY_AFTER_SECONDS, NoToken, bearer, check_scopes, refusal
@@ -107,7 +107,7 @@ def refuse(request: Request, error: TokenRefused) -> NoReturn:
         AuthenticationFailed: 401; `challenge` has the header that goes with it.
         TryAgainLater: the denylist is too old.
     """
-    if isinstance(error, DenylistStale):
+    if isinstance(error, NotDecided):
         raise TryAgainLater from None
     remember(request, error)
     raise AuthenticationFailed(dict(refusal(error).said), "invalid_token") from None

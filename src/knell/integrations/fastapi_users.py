@@ -8,7 +8,7 @@ from typing import Any, Generic
 from uuid import uuid4
 
 from knell.async_issuer import AsyncIssuer
-from knell.errors import DenylistStale, TokenRefused, Unavailable
+from knell.errors import NotDecided, TokenRefused, Unavailable
 from knell.integrations import needs
 from knell.integrations.refusals import RETRY_AFTER_SECONDS, refusal
 from knell.verifier import Verifier
@@ -86,7 +86,7 @@ class KnellStrategy(Strategy[models.UP, models.ID], Generic[models.UP, models.ID
     def _claims(self, token: str) -> dict[str, Any] | None:
         try:
             return self._verifier.verify(token)
-        except DenylistStale as error:
+        except NotDecided as error:
             told = refusal(error)
             raise HTTPException(told.status, dict(told.said), told.headers) from None
         except TokenRefused:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from knell.errors import DenylistStale, TokenInvalid, TokenRefused
+from knell.errors import NotDecided, TokenInvalid, TokenRefused
 from knell.integrations import needs
 from knell.integrations.refusals import REALM, refusal
 from knell.issuer import Issuer
@@ -42,17 +42,17 @@ class Blocklist:
         self._realm = realm
         jwt.token_in_blocklist_loader(self)
         jwt.revoked_token_loader(self._revoked)
-        app.register_error_handler(DenylistStale, self._answer)
+        app.register_error_handler(NotDecided, self._answer)
 
     def __call__(self, jwt_header: Mapping[str, Any], jwt_payload: Mapping[str, Any]) -> bool:
-        """Whether a token, whose signature was verified, is to be refused. DenylistStale if nobody can tell."""
+        """Whether a token, whose signature was verified, is to be refused. NotDecided if nobody can tell."""
         return self._found(jwt_header, jwt_payload) is not None
 
     def _found(self, jwt_header: Mapping[str, Any], jwt_payload: Mapping[str, Any]) -> TokenRefused | None:
         claims = dict(jwt_payload) if self._iss is None else {"iss": self._iss, **jwt_payload}
         try:
             self._verifier.check(claims, kid=jwt_header.get("kid"))
-        except DenylistStale:
+        except NotDecided:
             raise
         except TokenRefused as error:
             return error

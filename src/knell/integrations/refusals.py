@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from knell.errors import DenylistStale, TokenExpired, TokenRefused, TokenRevoked
+from knell.errors import NotDecided, TokenExpired, TokenRefused, TokenRevoked
 from knell.verifier import TokenEnd, Verifier
 
 REALM = "api"
@@ -73,7 +73,7 @@ def refusal(error: TokenRefused, realm: str = REALM) -> Refusal:
         realm: names the protected space.
     """
     reason = close_reason(error)
-    if isinstance(error, DenylistStale):
+    if isinstance(error, NotDecided):
         said = {"error": "temporarily_unavailable", "error_description": reason}
         return Refusal(503, None, said, CLOSE_TRY_AGAIN, reason)
     if isinstance(error, NoToken):
@@ -121,10 +121,11 @@ def close_reason(end: TokenEnd | TokenRefused) -> str:
     # A close frame has room for 123 bytes.
     if isinstance(end, TokenEnd):
         return f"token {end.cause}"
+    if isinstance(end, NotDecided):
+        return "try again later"
     kinds = {
         TokenExpired: "token expired",
         TokenRevoked: "token revoked",
-        DenylistStale: "try again later",
         NoToken: "token missing",
         InsufficientScope: "scope insufficient",
     }

@@ -23,7 +23,7 @@ import time
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from knell.errors import DenylistStale, SessionRevoked, TokenInvalid, TokenRefused, Unavailable
+from knell.errors import NotDecided, SessionRevoked, TokenInvalid, TokenRefused, Unavailable
 from knell.integrations import needs
 from knell.integrations.django import configured, verifier
 from knell.integrations.drf import TryAgainLater, challenge, remember
@@ -125,7 +125,7 @@ class Tracked(_Token):
         super().verify(*args, **kwargs)
         try:
             checker().check(self._claims())
-        except DenylistStale:
+        except NotDecided:
             raise TryAgainLater from None
         except TokenRefused as error:
             raise TokenError(str(error)) from None
