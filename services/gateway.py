@@ -10,6 +10,8 @@ tickets of what has ended.
 from __future__ import annotations
 
 import os
+import secrets
+from collections.abc import Sequence
 
 import structlog
 from starlette.applications import Starlette
@@ -17,35 +19,27 @@ from starlette.concurrency import run_in_threadpool
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
-from knell import Notice, Service, TokenRef
+from knell import KeptOut, Service, TokenRef
+from knell.handlers.sessions import Ended, attach, open_sessions
 from knell.integrations.asgi import CLOSE_UNAUTHORIZED, KnellMiddleware
 from services.auth import open_verifier
-from services.sessions import end_missed, open_sessions
 from services.web import health, lifespan
 
 gateway = Service("gateway")
-tickets = open_sessions(os.environ.get("GATEWAY_TICKETS_URL"), gateway.settings, name="gateway")
+tickets = open_sessions(os.environ.get("GATEWAY_TICKETS_URL"), settings=gateway.settings, name="gateway")
 log = structlog.get_logger("services.gateway")
 
 
 # ---- the worker: what Knell tells
 
 
-@gateway.on_token_end
-@gateway.on_session_end
-def void_tickets(notice: Notice) -> None:
-    """Void the tickets that hung on the token, or on its session."""
-    for token in tickets.end(notice):
-        log.info("ticket_voided", cause=notice.cause.value, notice=notice.id, jti=token.jti, sid=token.sid)
+def log_voided(ended: Sequence[Ended]) -> None:
+    """Write down which tickets are voided, and why."""
+    for each in ended:
+        log.info("ticket_voided", cause=each.cause, notice=each.notice_id, jti=each.token.jti, sid=each.token.sid)
 
 
-@gateway.on_missed
-def check_every_ticket(since: float) -> None:
-    """Notices since then were dropped, so nobody will tell: look each ticket up."""
-    ended = end_missed(tickets, gateway.settings)
-    log.warning("tickets_checked", missed_since=since, ended=len(ended))
-
-
+attach(tickets, gateway, token_ends=True, on_end=log_voided)
 app = gateway.celery_app()
 
 
@@ -60,8 +54,10 @@ async def live(websocket: WebSocket) -> None:
     await websocket.accept()
     token = TokenRef.from_claims(websocket.scope["knell.claims"])
     resumed = await run_in_threadpool(_use, websocket.query_params.get("ticket"), token)
-    ticket = await run_in_threadpool(tickets.open, token)
-    if ticket is None:
+    ticket = secrets.token_urlsafe(32)
+    try:
+        await run_in_threadpool(tickets.add, ticket, token)
+    except KeptOut:
         await websocket.close(CLOSE_UNAUTHORIZED, "token ended")
         return
     await websocket.send_json({"ticket": ticket, "resumed": resumed})

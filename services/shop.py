@@ -7,6 +7,8 @@ celery -A services.shop worker
 from __future__ import annotations
 
 import os
+import secrets
+from collections.abc import Sequence
 
 import structlog
 from starlette.applications import Starlette
@@ -14,37 +16,30 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from knell import Notice, Service, TokenRef
+from knell import KeptOut, Service, TokenRef
+from knell.handlers.sessions import Ended, attach, open_sessions
 from knell.integrations.asgi import KnellMiddleware
 from services.auth import open_verifier
-from services.sessions import end_missed, open_sessions
 from services.web import health, lifespan
 
 # The prefix makes browsers refuse the cookie from anywhere but this host, over TLS.
 COOKIE = "__Host-shop"
 
 shop = Service("shop")
-sessions = open_sessions(os.environ.get("SHOP_SESSIONS_URL"), shop.settings, name="shop")
+sessions = open_sessions(os.environ.get("SHOP_SESSIONS_URL"), settings=shop.settings, name="shop")
 log = structlog.get_logger("services.shop")
 
 
 # ---- the worker: what Knell tells
 
 
-@shop.on_session_end
-def end_sessions(notice: Notice) -> None:
-    """End the sessions that hung on what has ended."""
-    for token in sessions.end(notice):
-        log.info("session_ended", cause=notice.cause.value, notice=notice.id, jti=token.jti, sid=token.sid)
+def log_ended(ended: Sequence[Ended]) -> None:
+    """Write down which sessions end, and why."""
+    for each in ended:
+        log.info("session_ended", cause=each.cause, notice=each.notice_id, jti=each.token.jti, sid=each.token.sid)
 
 
-@shop.on_missed
-def check_every_session(since: float) -> None:
-    """Notices since then were dropped, so nobody will tell: look each session up."""
-    ended = end_missed(sessions, shop.settings)
-    log.warning("sessions_checked", missed_since=since, ended=len(ended))
-
-
+attach(sessions, shop, on_end=log_ended)
 app = shop.celery_app()
 
 
@@ -53,8 +48,10 @@ app = shop.celery_app()
 
 def log_in(request: Request) -> Response:
     """POST /session with a Bearer token: open a session, whose id comes back as a cookie."""
-    session_id = sessions.open(TokenRef.from_claims(request.scope["knell.claims"]))
-    if session_id is None:
+    session_id = secrets.token_urlsafe(32)
+    try:
+        sessions.add(session_id, TokenRef.from_claims(request.scope["knell.claims"]))
+    except KeptOut:
         return JSONResponse({"error": "this session has ended; log in again"}, status_code=401)
     response = Response(status_code=204)
     response.set_cookie(COOKIE, session_id, secure=True, httponly=True, samesite="lax")

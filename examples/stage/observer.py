@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any
 
 from knell import Settings, TokenExpired, TokenRefused, TokenRevoked, Verifier
-from services.sessions import open_sessions
+from knell.handlers.sessions import open_sessions
 from stage.clients import TOKEN_ENDED, GatewayClient, ShopClient
 from stage.ledger import Row, Session, Token, row
 from stage.timeline import Timeline
@@ -132,7 +132,7 @@ class Observer:
         self.shop.alive = {each.sid for each, alive in zip(sessions, known, strict=True) if alive}
         answers = await asyncio.gather(*(socket.is_alive() for socket in sockets))
         self.connections.alive = {each.token.jti for each, alive in zip(sockets, answers, strict=True) if alive}
-        tickets = open_sessions(None, settings, name="gateway")
+        tickets = open_sessions(settings=settings, name="gateway")
         self.tickets.alive = {token.jti for token in tokens if tickets.get(token.ticket)}
         self.partner.alive = self._sessions.keys() - self.partner.said
         await asyncio.to_thread(verifier.wait_ready, READY_SECONDS)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         InvalidInput,
         InvalidRevocation,
         InvalidSettings,
+        KeptOut,
         KeyRevoked,
         KeysUnavailable,
         KnellError,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         TokenInvalid,
         TokenRefused,
         TokenRevoked,
+        TryLater,
         Unavailable,
         UnknownService,
     )
@@ -81,6 +83,7 @@ __all__ = [
     "InvalidInput",
     "InvalidRevocation",
     "InvalidSettings",
+    "KeptOut",
     "KeyRevoked",
     "KeysUnavailable",
     "KnellError",
@@ -92,6 +95,7 @@ __all__ = [
     "TokenInvalid",
     "TokenRefused",
     "TokenRevoked",
+    "TryLater",
     "Unavailable",
     "UnknownService",
 ]  # fmt: skip

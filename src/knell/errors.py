@@ -132,6 +132,20 @@ class SessionEnded(KnellError):
         self.sid = sid
 
 
+class KeptOut(KnellError):
+    """A session was to be kept that hangs on something which has ended: a tombstone is there. Its client logs in again.
+
+    Attributes:
+        notice_id: the notice that told of the end.
+        cause: "expired" or "revoked".
+    """
+
+    def __init__(self, notice_id: str, cause: str) -> None:
+        super().__init__(f"what the session hangs on has ended ({cause}, notice {notice_id}); log in again")
+        self.notice_id = notice_id
+        self.cause = cause
+
+
 class Unavailable(KnellError):
     """Something outside of the process did not answer in time. Nothing is known to have been recorded; try again."""
 
@@ -175,6 +189,18 @@ class MessageRefused(KnellError):
 
 class GiveUp(KnellError):
     """Raised by a handler: this notice can never be handled here, park it now instead of trying again."""
+
+
+class TryLater(KnellError):
+    """Raised by a handler: try this notice again, but not before that time. Any other error is tried again sooner.
+
+    Attributes:
+        after_seconds: how long to wait at least; more than an hour counts as an hour.
+    """
+
+    def __init__(self, text: str, after_seconds: float = 0.0) -> None:
+        super().__init__(text)
+        self.after_seconds = after_seconds
 
 
 class ProcessDied(KnellError):

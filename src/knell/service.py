@@ -51,6 +51,7 @@ PUT_BACK_SPREAD_SECONDS = 5.0
 Plain = TypeVar("Plain", bound=Callable[[Notice], Awaitable[None] | None])
 Batch = TypeVar("Batch", bound=Callable[[Sequence[Notice]], Awaitable[None] | None])
 Missed = TypeVar("Missed", bound=Callable[[float], Awaitable[None] | None])
+Undone = TypeVar("Undone", bound=Callable[[Notice], Awaitable[None] | None])
 
 log = structlog.get_logger(__name__)
 
@@ -113,6 +114,7 @@ class Service:
         self._lease_seconds = lease_seconds
         self._clock = clock
         self._handlers = Handlers(undone=Handler(self._take_back))
+        self._forget: Callable[[Notice], Awaitable[None] | None] | None = None
         self.resources = Resources(self.settings)
 
     # ---- handlers: one for each event
@@ -155,6 +157,16 @@ class Service:
         """
         called: Missed = self._register("missed", handler, False)
         return called
+
+    def on_undone(self, handler: Undone, /) -> Undone:
+        """Decorate what is called when a revocation was undone: to forget what was kept of it, such as a tombstone.
+
+        Nothing has to be brought back: sessions that were ended stay ended.
+        """
+        if self._forget is not None:
+            raise InvalidInput(f"service {self.name!r} has a handler for undone already ({_name_of(self._forget)})")
+        self._forget = handler
+        return handler
 
     def _register(self, event: str, handler: Any, batch: bool) -> Any:
         if handler is None:
@@ -293,11 +305,12 @@ class Service:
             raise MessageRefused("the message asks for entries that its notice does not have")
         return asked
 
-    def _take_back(self, notice: Notice) -> None:
+    def _take_back(self, notice: Notice) -> Awaitable[None] | None:
         """A revocation was undone: its own notice, if it still waits here, is then done without a handler."""
         if notice.revocation_id is not None:
             record = replace(notice, batch_id=batch_id_of_revocation(notice.revocation_id)).dedupe_id
             self.resources.dedupe.mark(self.name, record, holder=uuid4().hex, done=1, lease_seconds=0)
+        return None if self._forget is None else self._forget(notice)
 
     # ---- the worker
 

@@ -1,4 +1,4 @@
-"""The three example services: their session stores, and each of them as the processes that a deployment runs."""
+"""The three example services, each as the processes that a deployment runs."""
 
 from __future__ import annotations
 
@@ -8,17 +8,14 @@ import os
 import re
 import secrets
 import shutil
-import stat
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import httpx
 import pytest
@@ -26,11 +23,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
-from knell import Cause, InvalidSettings, Issued, Issuer, Notice, Scope, Settings, TokenRef
+from knell import Issued, Issuer, Settings
 from knell.handlers.webhook import Webhook
 from knell.keys import SigningKey
-from services.sessions import TOMBSTONE_SECONDS, Sessions, end_missed, open_sessions
-from services.sessions_sqlite import SqliteSessions
 from tests.servers import Process
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,153 +41,6 @@ def until(check: Callable[[], Any], what: str) -> Any:
         assert time.monotonic() < deadline, f"{what} did not happen within {DEADLINE_SECONDS:g} s"
         time.sleep(0.01)
     return found
-
-
-# ---- where sessions are kept
-
-
-@pytest.fixture(params=["sqlite", pytest.param("redis", marks=pytest.mark.redis)])
-def sessions(request: pytest.FixtureRequest, settings: Callable[..., Settings]) -> Sessions:
-    url = request.getfixturevalue("redis_url") if request.param == "redis" else None
-    return open_sessions(url, settings(), name="shop")
-
-
-def token(**changes: Any) -> TokenRef:
-    fields = {"iss": ISSUER, "jti": uuid4().hex, "exp": 2_000.0, "iat": 1_000.0, "auth_time": 1_000.0}
-    return TokenRef(**fields | {"sid": "s-1", "sub": "alice"} | changes)
-
-
-def notice(scope: Scope, **changes: Any) -> Notice:
-    fields: dict[str, Any] = {"cause": Cause.REVOKED, "ends": frozenset({"token", "session"}), "at": 1_500.0}
-    return Notice(batch_id=f"r-{uuid4()}", scope=scope, iss=ISSUER, **fields | changes)
-
-
-@pytest.mark.parametrize(
-    ("scope", "match"),
-    [
-        (Scope.TOKEN, {"jti": "t-1", "sid": "s-1"}),
-        (Scope.TOKEN, {"jti": "a later token of the session", "sid": "s-1"}),
-        (Scope.SESSION, {"sid": "s-1"}),
-        (Scope.SUBJECT, {"sub": "alice", "issued_before": 1_500.0}),
-    ],
-)
-def test_a_notice_ends_the_sessions_that_it_names_and_no_other(
-    sessions: Sessions, scope: Scope, match: dict[str, Any]
-) -> None:
-    """Sessions are found by jti, by sid and by sub, within one issuer."""
-    ended = sessions.open(token(jti="t-1"))
-    others = [sessions.open(token(sid="s-2", sub="bob")), sessions.open(token(jti="t-1", iss="https://other.example"))]
-    assert ended is not None
-    assert [each.jti for each in sessions.end(notice(scope, **match))] == ["t-1"]
-    assert sessions.get(ended) is None
-    assert {session_id for session_id, _ in sessions.all()} == set(others)
-
-
-def test_a_notice_that_comes_twice_ends_nothing_more(sessions: Sessions) -> None:
-    """A copy of a notice finds nothing left to end."""
-    sessions.open(token())
-    told = notice(Scope.SESSION, sid="s-1")
-    assert len(sessions.end(told)) == 1
-    assert sessions.end(told) == []
-
-
-def test_a_request_in_flight_cannot_open_an_ended_session_again(sessions: Sessions) -> None:
-    """A tombstone keeps out whatever its notice matches: by session, by subject, and by token."""
-    for told in (
-        notice(Scope.SESSION, sid="s-1"),
-        notice(Scope.SUBJECT, sub="bob", issued_before=1_500.0),
-        notice(Scope.TOKEN, jti="t-9", sid="s-9", cause=Cause.EXPIRED),
-    ):
-        sessions.end(told)
-    assert sessions.open(token()) is None
-    assert sessions.open(token(sid="s-2", sub="bob")) is None
-    assert sessions.open(token(sid="s-9", sub="carol", jti="another")) is None
-    assert list(sessions.all()) == []
-
-
-def test_a_new_life_is_not_kept_out(sessions: Sessions) -> None:
-    """Who logs in after the end that a tombstone tells of gets a session, and a late copy of the notice spares it."""
-    told = [
-        notice(Scope.SUBJECT, sub="alice", issued_before=1_500.0),
-        notice(Scope.TOKEN, jti="t-1", sid="s-1", cause=Cause.EXPIRED),
-    ]
-    for each in told:
-        sessions.end(each)
-    session_id = sessions.open(token(auth_time=1_501.0, iat=1_501.0))
-    assert session_id is not None
-    assert [sessions.end(each) for each in told] == [[], []]
-    assert sessions.get(session_id) is not None
-
-
-def test_of_an_end_and_an_opening_whichever_is_second_sees_the_other(sessions: Sessions) -> None:
-    """However requests and a notice interleave, no session of what has ended is left."""
-    told = notice(Scope.SESSION, sid="s-1")
-    with ThreadPoolExecutor(8) as pool:
-        opened = [pool.submit(sessions.open, token()) for _ in range(20)]
-        ending = pool.submit(sessions.end, told)
-        opened += [pool.submit(sessions.open, token()) for _ in range(20)]
-        given = [session_id for each in opened if (session_id := each.result(DEADLINE_SECONDS)) is not None]
-        ending.result(DEADLINE_SECONDS)
-    assert [session_id for session_id in given if sessions.get(session_id)] == []
-    assert list(sessions.all()) == []
-
-
-def test_a_logout_removes_one_session(sessions: Sessions) -> None:
-    """Removing a session leaves its user's others, and no tombstone."""
-    first, second = sessions.open(token()), sessions.open(token())
-    assert first is not None
-    assert second is not None
-    assert sessions.remove(first) is not None
-    assert sessions.remove(first) is None
-    assert sessions.get(second) is not None
-    assert sessions.open(token()) is not None
-
-
-def test_tombstones_of_sqlite_leave_in_time(tmp_path: Path) -> None:
-    """A tombstone outlives any request in flight, and then goes."""
-    now = [1_500.0]
-    sessions = SqliteSessions(tmp_path / "shop.db", clock=lambda: now[0])
-    sessions.end(notice(Scope.SESSION, sid="s-1"))
-    now[0] += TOMBSTONE_SECONDS
-    sessions.end(notice(Scope.SESSION, sid="another"))
-    assert sessions.open(token()) is not None
-
-
-def test_the_sqlite_file_is_for_its_owner_alone(tmp_path: Path) -> None:
-    """A session's id opens the session: nobody else on the machine may read the file, or what SQLite puts beside it."""
-    path = tmp_path / "home" / "shop.db"
-    before = os.umask(0o022)
-    try:
-        sessions = SqliteSessions(path)
-        with sessions._writing() as db:
-            db.execute("DELETE FROM sessions")
-            modes = {each.name: stat.S_IMODE(each.stat().st_mode) for each in path.parent.iterdir()}
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
-    assert modes == dict.fromkeys(modes, 0o600)
-    assert "shop.db" in modes
-
-
-@pytest.mark.parametrize("url", ["rds://:hunter2@h", "sqlite://u:hunter2@h/db", "redis://:hunter2@h/0?bogus=1"])
-def test_a_url_for_sessions_that_cannot_be_used_is_not_shown(url: str, settings: Callable[..., Settings]) -> None:
-    """It is refused when it is opened, and the text has no password in it."""
-    with pytest.raises(InvalidSettings, match="the URL of the shop's sessions") as caught:
-        open_sessions(url, settings(), name="shop")
-    assert "hunter2" not in str(caught.value)
-
-
-def test_after_missed_notices_every_session_is_looked_up(sessions: Sessions, settings: Callable[..., Settings]) -> None:
-    """What is on the denylist or past its own end goes, and the rest stays."""
-    made = settings()
-    with Issuer(ISSUER, SigningKey.generate(), settings=made) as issuer:
-        refs = [issuer.issue({"sub": "alice", "sid": sid}, ttl_seconds=60).ref for sid in ("s-1", "s-2", "s-3")]
-        issuer.revoke("session", {"sid": "s-2"})
-    living = sessions.open(refs[0])
-    sessions.open(refs[1])
-    sessions.open(refs[2].replace(exp=time.time() - 1))
-    assert sorted(str(each.sid) for each in end_missed(sessions, made)) == ["s-2", "s-3"]
-    assert [session_id for session_id, _ in sessions.all()] == [living]
 
 
 # ---- the services, as processes

@@ -215,7 +215,7 @@ def test_a_token_or_half_of_one_is_struck_out(text: str) -> None:
 
 def test_words_are_no_tokens() -> None:
     """What stands in names and sentences stays readable."""
-    text = "keyed by e.g. eyelashes.example, ewe.farm, services.sessions_redis.open and 01893a.b-c"
+    text = "keyed by e.g. eyelashes.example, ewe.farm, services.shop.log_in and 01893a.b-c"
     assert without_tokens(text) == text
 
 

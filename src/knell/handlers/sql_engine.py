@@ -1,0 +1,90 @@
+"""The database that a service's sessions are in: bounded in time, and safe after a fork."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, NullPool, create_engine, event
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+
+from knell.errors import InvalidSettings
+
+# How long a writer waits for the others, a caller for a connection, and a connection for its server.
+BUSY_SECONDS = 2.0
+CONNECT_SECONDS = 2
+# A statement that takes longer is ended by PostgreSQL itself.
+STATEMENT_MILLISECONDS = 5000
+
+
+def open_engine(url: str) -> Engine:
+    """An engine for `sqlite:///path` or `postgresql://...`; InvalidSettings for any other URL."""
+    try:
+        parsed = make_url(url)
+        backend = parsed.get_backend_name()
+    except (ArgumentError, NoSuchModuleError):
+        backend = ""
+    if backend == "sqlite":
+        return _sqlite(parsed)
+    if backend != "postgresql":
+        raise InvalidSettings("the URL of the sessions is neither sqlite:///path nor postgresql://...")
+    return _postgresql(parsed)
+
+
+def _sqlite(url: URL) -> Engine:
+    if not url.database or url.database == ":memory:" or url.host:
+        raise InvalidSettings("the URL of the sessions names no file; use sqlite:///path, several processes share it")
+    # A daemon changes its directory; the file stays the one that was meant at the start.
+    path = Path(url.database).absolute()
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # A session's id opens the session. SQLite's own files beside it get its mode.
+    path.touch(mode=0o600)
+    # A connection for each call needs no care about threads and forks, and costs a tenth of a millisecond.
+    engine = create_engine(
+        URL.create("sqlite", database=str(path)), poolclass=NullPool, connect_args={"timeout": BUSY_SECONDS}
+    )
+
+    @event.listens_for(engine, "connect")
+    def connected(connection: Any, _: object) -> None:
+        # Python's sqlite3 then begins no transaction by itself; `begun` says which kind.
+        connection.isolation_level = None
+        connection.execute("PRAGMA foreign_keys=ON")
+
+    @event.listens_for(engine, "begin")
+    def begun(connection: Connection) -> None:
+        connection.exec_driver_sql(connection.get_execution_options().get("knell_begin", "BEGIN IMMEDIATE"))
+
+    return engine
+
+
+def _postgresql(url: URL) -> Engine:
+    if url.drivername == "postgresql":
+        url = url.set(drivername="postgresql+psycopg")
+    engine = create_engine(
+        url,
+        pool_size=4,
+        max_overflow=16,
+        pool_timeout=BUSY_SECONDS,
+        pool_pre_ping=True,
+        connect_args={
+            "connect_timeout": CONNECT_SECONDS,
+            "options": f"-c statement_timeout={STATEMENT_MILLISECONDS} -c lock_timeout={int(BUSY_SECONDS * 1000)}",
+        },
+    )
+    _engines.add(engine)
+    return engine
+
+
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _begin_anew_in_child() -> None:
+    # The connections are the parent's: a child that used or closed one would disturb it.
+    for engine in list(_engines):
+        engine.dispose(close=False)
+
+
+os.register_at_fork(after_in_child=_begin_anew_in_child)
