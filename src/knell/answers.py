@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from knell import messages
-from knell.errors import GiveUp
+from knell.errors import GiveUp, TryLater
 from knell.messages import Message
 from knell.notices import Notice, Receipt, describe
 from knell.redaction import without_tokens
@@ -15,6 +15,8 @@ from knell.redaction import without_tokens
 MAX_ERROR_LENGTH = 500
 # RabbitMQ's delays have whole seconds, and a delay below one cannot be asked for.
 LEAST_DELAY_SECONDS = 1.0
+# What a handler may ask for at most: a notice that waits for ever would never be parked.
+LONGEST_ASKED_SECONDS = 3600.0
 # 2**40 s is above any limit; it keeps the power of a large attempt number small.
 _MOST_DOUBLINGS = 40
 _NOT_ONE_LINE = re.compile(r"[\x00-\x20\x7f-\xa0\u2028\u2029\ud800-\udfff]+")
@@ -109,9 +111,13 @@ def answer(
     left = [n for n in asked if n.n not in failed and n.n not in done and n.n not in parked_before]
     out: list[Message] = []
     etas: list[float] = []
-    if again:
-        etas.append(now + patience.delay_seconds(tried))
-        out.append(errand.again(again, attempt=tried, eta=etas[-1]))
+    asked_for = {n: error.after_seconds for n, error in failed.items() if isinstance(error, TryLater)}
+    soon = [notice for notice in again if not asked_for.get(notice.n)]
+    late = [notice for notice in again if asked_for.get(notice.n)]
+    for part in filter(None, (soon, late)):
+        least = min(LONGEST_ASKED_SECONDS, max(asked_for.get(notice.n, 0.0) for notice in part))
+        etas.append(now + max(least, patience.delay_seconds(tried)))
+        out.append(errand.again(part, attempt=tried, eta=etas[-1]))
     if left:
         etas.append(put_back_at)
         half = len(left) // 2 if in_halves else 0

@@ -200,7 +200,7 @@ class TryLater(KnellError):
 
     def __init__(self, text: str, after_seconds: float = 0.0) -> None:
         super().__init__(text)
-        self.after_seconds = after_seconds
+        self.after_seconds = float(after_seconds)
 
 
 class ProcessDied(KnellError):

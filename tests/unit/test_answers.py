@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from knell.answers import Answer, Errand, Patience, answer
-from knell.errors import GiveUp
+from knell.errors import GiveUp, TryLater
 from knell.notices import Cause, Notice
 from knell.revocations import Scope
 
@@ -80,6 +80,25 @@ def test_what_the_run_did_not_come_to_is_put_back_and_not_counted() -> None:
     assert (list(found.receipt.retrying), found.receipt.until) == ([0, 2], NOW + 16)
     alone = answered(4, patience(lambda: 0.5), failed={}, done={1}).receipt
     assert (list(alone.retrying), alone.until) == ([0, 2], NOW + 5)
+
+
+@pytest.mark.parametrize(
+    ("asked", "waited"), [(0, 8), (5, 8), (90, 90), (3600, 3600), (86_400, 3600), (float("inf"), 3600), (-9, 8)]
+)
+def test_a_handler_may_ask_for_a_longer_wait(asked: float, waited: float) -> None:
+    """At least what it asks for, within an hour, and never less than the service would wait by itself."""
+    found = answered(3, patience(lambda: 0.5), failed={0: TryLater("busy", asked)})
+    assert found.messages[0].eta == found.receipt.until == NOW + waited
+
+
+def test_who_asked_for_a_longer_wait_holds_up_nobody_else() -> None:
+    """Those that did not ask come again in a message of their own, and the receipt waits for the later one."""
+    failed = {0: TryLater("busy", 60), 1: OSError("away"), 2: TryLater("busy", 90)}
+    found = answered(3, patience(lambda: 0.5), failed=failed, done=())
+    soon, late, _ = found.messages
+    assert (soon.eta, late.eta, found.receipt.until) == (NOW + 8, NOW + 90, NOW + 90)
+    assert b'"a.b.c",[1],4' in soon.body
+    assert b'"a.b.c",[0,2],4' in late.body
 
 
 def test_the_last_attempt_parks_and_waits_for_nothing() -> None:

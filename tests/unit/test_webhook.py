@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from knell import GiveUp, InvalidSettings, Notice
-from knell.handlers.webhook import Webhook, WebhookFailed, webhook_id
+from knell.handlers.webhook import Webhook, WebhookFailed, _asked_for, webhook_id
 from knell.notices import Cause
 from knell.revocations import Scope
 from tests.servers import free_port
@@ -43,6 +43,8 @@ class Receiver:
 
     def __init__(self) -> None:
         self.status = 204
+        self.retry_after = ""
+        self.answers: list[tuple[int, str]] = []  # before the status above is answered again and again
         self.got: list[tuple[dict[str, str], bytes]] = []
         self.hold = threading.Event()
         self.hold.set()
@@ -53,7 +55,11 @@ class Receiver:
                 body = self.rfile.read(int(self.headers["content-length"]))
                 receiver.got.append(({name.lower(): value for name, value in self.headers.items()}, body))
                 receiver.hold.wait(30)
-                self.send_response(receiver.status)
+                status, retry_after = (receiver.answers or [(receiver.status, receiver.retry_after)])[0]
+                del receiver.answers[:1]
+                self.send_response(status)
+                if retry_after:
+                    self.send_header("retry-after", retry_after)
                 self.send_header("location", "http://127.0.0.1:1/")
                 self.send_header("content-length", "0")
                 self.end_headers()
@@ -125,6 +131,69 @@ def test_trouble_that_passes_is_tried_again(receiver: Receiver, status: int) -> 
         post(Webhook(receiver.url, SECRET))
     assert caught.value.status == status
     assert len(receiver.got) == 1
+
+
+class Time:
+    """A clock that moves when somebody waits for it."""
+
+    def __init__(self) -> None:
+        self.now = 1_700_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    async def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.mark.parametrize(
+    ("retry_after", "seconds"),
+    [("120", 120.0), ("Tue, 14 Nov 2023 22:15:20 GMT", 120.0), ("99999999", 3600.0)],
+)
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_retry_after_is_passed_on_to_the_service(
+    receiver: Receiver, status: int, retry_after: str, seconds: float
+) -> None:
+    """As seconds or as a date (RFC 9110, section 10.2.3); and until then nothing else is posted there."""
+    receiver.status, receiver.retry_after = status, retry_after
+    time = Time()
+    hook = Webhook(receiver.url, SECRET, clock=time, sleep=time.sleep)
+    for _ in range(2):
+        with pytest.raises(WebhookFailed) as caught:
+            post(hook)
+        assert caught.value.after_seconds == seconds
+    assert len(receiver.got) == 1
+    time.now += seconds
+    receiver.status = 204
+    post(hook)
+    assert len(receiver.got) == 2
+
+
+def test_a_short_retry_after_is_waited_for_in_place(receiver: Receiver) -> None:
+    """An endpoint with a rate limit gets the notice a few seconds later, signed anew."""
+    receiver.answers = [(429, "2"), (503, "1")]
+    time = Time()
+    post(Webhook(receiver.url, SECRET, clock=time, sleep=time.sleep))
+    stamps = [int(headers["webhook-timestamp"]) - 1_700_000_000 for headers, _ in receiver.got]
+    assert stamps == [0, 2, 3]
+    assert len({headers["webhook-signature"] for headers, _ in receiver.got}) == 3
+    assert len({headers["webhook-id"] for headers, _ in receiver.got}) == 1
+
+
+def test_an_endpoint_that_asks_to_wait_again_and_again_is_left_to_the_service(receiver: Receiver) -> None:
+    """A handler waits in place for 30 s at most."""
+    receiver.status, receiver.retry_after = 503, "4"
+    time = Time()
+    with pytest.raises(WebhookFailed, match="left alone"):
+        post(Webhook(receiver.url, SECRET, clock=time, sleep=time.sleep))
+    assert time.now - 1_700_000_000 <= 30
+    assert len(receiver.got) == 8
+
+
+@pytest.mark.parametrize("retry_after", ["soon", "-5", "1e3", "Tue, 14 Nov 2023 22:00:00 GMT", "9" * 400, "\u0661"])
+def test_a_retry_after_that_says_nothing_is_none(retry_after: str) -> None:
+    """It is tried again by the service's own patience."""
+    assert _asked_for(retry_after, 1_700_000_000.0) == 0
 
 
 def test_nobody_there_is_tried_again_and_the_query_stays_secret() -> None:
