@@ -34,8 +34,8 @@ TIMEOUT_SECONDS = 10.0
 MAX_CONNECTIONS = 32
 # What an endpoint answers is not used; this much of it is read so that its connection can be used again.
 MAX_ANSWER_BYTES = 64 * 1024
-# A Retry-After of up to the first is waited for in place, so that an endpoint with a limit of ten a second gets them all;
-# but a notice waits no longer than the second in all. What asks for more is tried again by the service.
+# A Retry-After of up to the first is waited for in place, so that an endpoint with a rate limit gets them all; but a
+# notice waits no longer than the second in all. What asks for more is tried again by the service.
 LONGEST_WAIT_SECONDS = 5.0
 PATIENCE_SECONDS = 30.0
 _PREFIX = "whsec_"
