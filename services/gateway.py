@@ -52,7 +52,7 @@ async def live(websocket: WebSocket) -> None:
     The middleware has checked the token, and closes the connection when it ends: nothing here has to.
     """
     await websocket.accept()
-    token = TokenRef.from_claims(websocket.scope["knell.claims"])
+    token = TokenRef.from_claims(websocket.scope["knell.claims"], tracked=gateway.settings.rules.tracked_claims)
     resumed = await run_in_threadpool(_use, websocket.query_params.get("ticket"), token)
     ticket = secrets.token_urlsafe(32)
     try:

@@ -50,7 +50,8 @@ def log_in(request: Request) -> Response:
     """POST /session with a Bearer token: open a session, whose id comes back as a cookie."""
     session_id = secrets.token_urlsafe(32)
     try:
-        sessions.add(session_id, TokenRef.from_claims(request.scope["knell.claims"]))
+        token = TokenRef.from_claims(request.scope["knell.claims"], tracked=shop.settings.rules.tracked_claims)
+        sessions.add(session_id, token)
     except KeptOut:
         return JSONResponse({"error": "this session has ended; log in again"}, status_code=401)
     response = Response(status_code=204)

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 from uuid import uuid4
@@ -313,6 +314,30 @@ class Service:
         return None if self._forget is None else self._forget(notice)
 
     # ---- the worker
+
+    @contextmanager
+    def elsewhere(
+        self,
+        settings: Settings,
+        resources: Resources,
+        *,
+        clock: Callable[[], float],
+        jitter: Callable[[], float],
+        around: Callable[[Handlers], Handlers],
+    ) -> Iterator[None]:
+        """Let it work elsewhere while the context lasts: what `knell.testing` does. Afterwards it is as it was.
+
+        Args:
+            settings, resources, clock, jitter: take the place of its own.
+            around: is given its handlers, and gives what is called in their place.
+        """
+        before = (self.settings, self.resources, self._clock, self._patience, self._handlers)
+        self.settings, self.resources, self._clock = settings, resources, clock
+        self._patience, self._handlers = replace(self._patience, jitter=jitter), around(self._handlers)
+        try:
+            yield
+        finally:
+            self.settings, self.resources, self._clock, self._patience, self._handlers = before
 
     def celery_app(self) -> Celery:
         """The Celery app of this service's worker: `celery -A services.shop worker`. See `knell.service_app`."""

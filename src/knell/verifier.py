@@ -297,6 +297,17 @@ class Verifier:
             self._started_at = before  # what fails again and again must not look young for ever
             raise
 
+    def catch_up(self) -> None:
+        """Take in, before returning, all that was revoked or has expired by now, and call the watches back.
+
+        Nobody has to: the replica follows by itself. For what must not wait for it, such as a test.
+
+        Raises:
+            StoreUnavailable: the store did not answer.
+        """
+        self._follower.catch_up()
+        self._watches.settle()
+
     def wait_ready(self, timeout_seconds: float) -> bool:
         """Wait until the denylist and the keys are there. False if they were not after `timeout_seconds`."""
         self.start()

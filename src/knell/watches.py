@@ -114,6 +114,7 @@ class Watches:
         self._made = 0
         self._ended: deque[tuple[Watch, TokenEnd]] = deque()
         self._recheck = False
+        self._calling = 0
         self._thread: threading.Thread | None = None
 
     def __len__(self) -> int:
@@ -164,6 +165,17 @@ class Watches:
         with self._changed:
             self._recheck = True
             self._changed.notify()
+
+    def settle(self, timeout_seconds: float = CLOSE_SECONDS) -> None:
+        """Call back for all that has ended by now, and wait for callbacks that run, for at most so long.
+
+        For whoever moves the clock: the thread finds out by itself, within LONGEST_SLEEP_SECONDS.
+        """
+        with self._changed:
+            self._end_what_is_due()
+        self._call_back()
+        with self._changed:
+            self._changed.wait_for(lambda: not self._calling, timeout_seconds)
 
     def close(self) -> None:
         """Drop every watch without a call, and stop the thread."""
@@ -259,8 +271,9 @@ class Watches:
                     return
                 watch, end = self._ended.popleft()
                 on_end, watch._on_end = watch._on_end, None
-            if on_end is None:
-                continue
+                if on_end is None:
+                    continue
+                self._calling += 1
             try:
                 on_end(end)
             except BaseException as error:
@@ -271,6 +284,10 @@ class Watches:
                     jti=watch.token.jti,
                     traceback=traceback_of(error),
                 )
+            finally:
+                with self._changed:
+                    self._calling -= 1
+                    self._changed.notify_all()
 
 
 def ends_at(token: TokenRef, leeway_seconds: float) -> float:
