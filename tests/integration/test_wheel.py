@@ -90,6 +90,32 @@ def test_what_the_wheel_has(wheel: Path) -> None:
     assert "License-Expression: Apache-2.0" in metadata
 
 
+def test_pytest_finds_the_fixtures_in_the_wheel(wheel: Path, tmp_path: Path) -> None:
+    """Where the wheel is, `knell` is a fixture: docs/testing.md's example passes, on the wheel's own code."""
+    unpacked, folder = tmp_path / "wheel", tmp_path / "project"
+    folder.mkdir()
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(unpacked)
+    [(name, text)] = re.findall(
+        r"^<!-- example: ([\w.]+) -->\n```python\n(.*?)^```$",
+        (ROOT / "docs" / "testing.md").read_text(),
+        re.MULTILINE | re.DOTALL,
+    )
+    where = (
+        f"\n\ndef test_it_is_the_wheel():\n    import knell\n    assert knell.__file__.startswith({str(unpacked)!r})\n"
+    )
+    (folder / name).write_text(text + where)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q"],
+        cwd=folder,
+        env=environ(tmp_path) | {"PYTHONPATH": str(unpacked)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "4 passed" in done.stdout, done.stdout + done.stderr
+
+
 def test_the_wheel_brings_no_tools(python: Path) -> None:
     """What only this project's tests and services use is not installed with it."""
     done = subprocess.run([str(python), "-m", "pip", "list", "--format=freeze"], capture_output=True, text=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -45,7 +46,7 @@ class Knell:
         home: a folder for the store and the keys.
         iss: the issuer of its tokens.
         rules: lifetimes and limits. Default `Rules()`.
-        now: where the clock stands, Unix seconds. Default the present.
+        now: where the clock stands, Unix seconds. Default the present, cut to the second.
 
     Attributes:
         clock: the clock of all its parts.
@@ -58,7 +59,8 @@ class Knell:
     def __init__(
         self, home: str | Path, *, iss: str = ISSUER, rules: Rules | None = None, now: float | None = None
     ) -> None:
-        self.clock = Clock(time.time() if now is None else now)
+        # A whole second: a token of 60 s then ends when the clock is moved by 60 s, and not at the next full one.
+        self.clock = Clock(math.floor(time.time()) if now is None else now)
         self.settings = Settings(home=Path(home), rules=rules or Rules())
         self.key = SigningKey.generate()
         self._recorders: dict[str, Recorder] = {}
