@@ -118,6 +118,10 @@ class Service:
         self._forget: Callable[[Notice], Awaitable[None] | None] | None = None
         self.resources = Resources(self.settings)
 
+    def now(self) -> float:
+        """The time by its clock, Unix seconds."""
+        return self._clock()
+
     # ---- handlers: one for each event
 
     @overload

@@ -28,6 +28,7 @@ from knell.handlers.sql import SqlSessions
 from knell.handlers.tombstones import IN_FLIGHT_SECONDS
 from knell.keys import SigningKey
 from knell.notices import MAX_ENTRIES
+from tests import servers
 from tests.apps import django_site
 from tests.contract.making import Clock
 from tests.servers import free_port
@@ -44,8 +45,9 @@ KINDS = [
     "django.contrib.sessions.backends.db, sqlite",
     pytest.param("redis", marks=pytest.mark.redis),
     pytest.param("django.contrib.sessions.backends.cached_db, redis", marks=pytest.mark.redis),
-    pytest.param("django.contrib.sessions.backends.cache, redis", marks=pytest.mark.redis),
 ]
+if hasattr(servers, "start_postgresql"):
+    KINDS.append(pytest.param("postgresql", marks=pytest.mark.postgresql))
 
 
 @pytest.fixture
@@ -65,6 +67,8 @@ def sessions(kind: str, request: pytest.FixtureRequest, clock: Clock, tmp_path: 
     made: Sessions
     if index == "redis":
         made = RedisSessions(request.getfixturevalue("redis_url"), prefix=uuid4().hex, clock=clock)
+    elif index == "postgresql":
+        made = SqlSessions(request.getfixturevalue("postgresql_server").url, name=f"t{uuid4().hex}", clock=clock)
     else:
         made = SqlSessions(f"sqlite:///{tmp_path / 'sessions.db'}", name="shop", clock=clock)
     with contextlib.ExitStack() as stack:

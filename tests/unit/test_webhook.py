@@ -108,6 +108,17 @@ def test_a_notice_is_posted_and_signed(receiver: Receiver) -> None:
     assert found["data"]["reason"] == "stolen"
 
 
+def test_a_wide_notice_says_whom_it_is_for(receiver: Receiver) -> None:
+    """The scope, what it names, and the cut-off: the receiving end finds its own sessions."""
+    wide = {"sid": None, "sub": None, "issued_before": 1_700_000_000.0}
+    post(Webhook(receiver.url, SECRET), replace(NOTICE, scope=Scope.CLAIMS, claims={"tenant": "acme"}, **wide))
+    post(Webhook(receiver.url, SECRET), replace(NOTICE, scope=Scope.KEY, kid="k-1", sid=None, sub=None))
+    by_claims, by_key = (json.loads(body)["data"] for _, body in receiver.got)
+    assert (by_claims["scope"], by_claims["claims"]) == ("claims", {"tenant": "acme"})
+    assert by_claims["issued_before"] == 1_700_000_000.0
+    assert (by_key["scope"], by_key["kid"]) == ("key", "k-1")
+
+
 def test_two_secrets_sign_side_by_side(receiver: Receiver) -> None:
     """While a secret is replaced, a receiver that knows either can check."""
     other = "whsec_" + base64.b64encode(bytes(24)).decode()

@@ -109,7 +109,10 @@ class Hub(Generic[Item]):
         return len(self._connections)
 
     def end(self, notices: Sequence[Notice]) -> None:
-        """Close the connections that these notices end, and no other. A batch handler; from any thread."""
+        """Close the connections that these notices end, and no other. A batch handler; from any thread.
+
+        By claims that is left to the verifier, which knows all that a token says.
+        """
         for notice in notices:
             with self._lock:
                 named = [each for name in names_in(notice) for each in self._by_name.get(name, ())]

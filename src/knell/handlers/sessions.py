@@ -143,7 +143,7 @@ def attach(sessions: Sessions, service: Service, *, token_ends: bool = False, on
 
     def check(since: float) -> None:
         log.warning("notices_missed", service=service.name, since=since)
-        end_missed(sessions, service.settings, on_end=on_end)
+        end_missed(sessions, service.settings, on_end=on_end, now=service.now())
 
     service.on_session_end(batch=True)(end)
     if token_ends:
@@ -166,12 +166,18 @@ def end_sessions(sessions: Sessions, notices: Sequence[Notice], *, on_end: OnEnd
     return count
 
 
-def end_missed(sessions: Sessions, settings: Settings, *, on_end: OnEnd | None = None) -> int:
+def end_missed(sessions: Sessions, settings: Settings, *, on_end: OnEnd | None = None, now: float | None = None) -> int:
     """Remove each session that is on the denylist or past its own end, for when notices were dropped. Idempotent.
 
     A session's own end is its session_exp; without one, the exp of the token that it hangs on, and the grace: where
     clients refresh, `add` the session again with each new token, or they log in again.
+
+    Args:
+        settings: where the denylist is, and the rules.
+        on_end: see `attach`.
+        now: Unix seconds. Default the time.
     """
+    now = time.time() if now is None else now
     follower = Follower(
         lambda: open_store(
             settings.store_url, namespace=settings.namespace, rules=settings.rules, partitions=settings.partitions
@@ -183,7 +189,6 @@ def end_missed(sessions: Sessions, settings: Settings, *, on_end: OnEnd | None =
         follower.close()
     count = 0
     for page in sessions.all():
-        now = time.time()
         over = [
             held for held in page if _own_end(held.token, settings) <= now or follower.denylist.find(held.token)
         ]  # fmt: skip

@@ -42,7 +42,8 @@ _PREFIX = "whsec_"
 # Request Timeout and Too Many Requests pass; every other 4xx says that the request itself is wrong, or unwanted.
 _WORTH_ANOTHER_TRY = frozenset({408, 429})
 _DATA = (
-    "iss", "jti", "sid", "sub", "client_id", "exp", "started", "issued_before", "revocation_id", "reason"
+    "iss", "jti", "sid", "sub", "client_id", "kid", "claims", "exp", "started", "issued_before", "revocation_id",
+    "reason",
 )  # fmt: skip
 
 
@@ -203,7 +204,13 @@ def body_of(notice: Notice) -> dict[str, object]:
     return {
         "type": "session.ended" if "session" in notice.ends else "token.ended",
         "timestamp": datetime.fromtimestamp(notice.at, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-        "data": {"id": notice.id, "cause": notice.cause.value, "ends": sorted(notice.ends), **data},
+        "data": {
+            "id": notice.id,
+            "cause": notice.cause.value,
+            "scope": notice.scope.value,
+            "ends": sorted(notice.ends),
+            **data,
+        },
     }
 
 
