@@ -110,6 +110,19 @@ def test_a_database_that_fails_leaves_the_index_as_it_was(
     assert end_sessions(sessions, [notice()]) == 1
 
 
+def test_a_worker_s_connection_that_was_lost_is_made_anew(tmp_path: Path) -> None:
+    """In a worker no request begins, at which Django itself would look."""
+    django_site.set_up()
+    with override_settings(SESSION_ENGINE=ENGINES[0]):
+        sessions = DjangoSessions(SqlSessions(f"sqlite:///{tmp_path / 'index.db'}"))
+        session = log_in(ENGINES[0], "alice")
+        sessions.add(session.session_key, token())
+        assert connection.connection is not None
+        connection.connection.close()
+        assert end_sessions(sessions, [notice()]) == 1
+        assert found(ENGINES[0], session.session_key) == {}
+
+
 def test_a_batch_is_one_query(tmp_path: Path) -> None:
     """A page of sessions leaves Django's database in one statement."""
     django_site.set_up()

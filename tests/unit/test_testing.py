@@ -299,6 +299,16 @@ def test_attached_sessions_end_and_are_kept_out(knell: Knell, shop: Service, tmp
     assert sessions.get("one") == token
 
 
+def test_a_service_s_sessions_are_attached_once(shop: Service, tmp_path: Path) -> None:
+    """A second handler for the same event would never be called."""
+    sessions = SqlSessions(f"sqlite:///{tmp_path / 'sessions.db'}")
+    attach(sessions, shop)
+    with pytest.raises(InvalidInput):
+        attach(sessions, shop)
+    with pytest.raises(InvalidInput, match="undone"):
+        shop.on_undone(lambda notice: None)
+
+
 def test_sessions_end_with_their_token_where_that_is_asked_for(knell: Knell, shop: Service, tmp_path: Path) -> None:
     """token_ends: a session that goes on does not keep what hung on the token alone."""
     sessions = SqlSessions(f"sqlite:///{tmp_path / 'sessions.db'}", clock=knell.clock)

@@ -18,6 +18,7 @@ from django.conf import settings
 from django.contrib.sessions.backends import cache, cached_db, db
 from django.contrib.sessions.backends.base import SessionBase
 from django.core.cache import caches
+from django.db import close_old_connections
 
 from knell.errors import InvalidSettings, KeptOut, StoreUnavailable
 from knell.handlers.held import Held
@@ -87,6 +88,8 @@ class DjangoSessions:
 
     def discard(self, held: Sequence[Held]) -> None:
         """See Sessions.discard."""
+        # In a worker no request begins or ends, at which Django would let go of connections that are lost, or too old.
+        close_old_connections()
         # Django's first: should the process die in between, the index still knows what is left to do.
         self._delete([each.session_id for each in held])
         self._index.discard(held)
