@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from sqlalchemy import (
     Column,
@@ -27,7 +27,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from knell.errors import InvalidSettings, KeptOut, StoreUnavailable
 from knell.handlers.held import Held, check_session_id, in_pages, lives_until, written
-from knell.handlers.sql_engine import open_engine
+from knell.handlers.sql_engine import Turns, open_engine
 from knell.handlers.tombstones import buried_under, kept_until, names_in, names_of, of_revocation, that_keeps_out
 from knell.handlers.tombstones import written as written_notice
 from knell.notices import Notice
@@ -65,8 +65,9 @@ class SqlSessions:
         self._clock = clock
         self._make_tables(name.replace("-", "_"))
         self._engine = open_engine(url)
-        # What has to see each other takes its turns: SQLite has one writer at a time, PostgreSQL a lock to ask for.
+        # What has to see each other takes turns: SQLite has one writer at a time, PostgreSQL a lock to ask for.
         self._locks = self._engine.dialect.name == "postgresql"
+        self._turns = Turns()
         with self._begun() as connection:
             self._lock(connection, shared=False)
             self._metadata.create_all(connection)
@@ -222,7 +223,8 @@ class SqlSessions:
     @contextmanager
     def _begun(self, *, writing: bool = True) -> Iterator[Connection]:
         try:
-            with self._engine.connect() as connection:
+            turn = nullcontext() if self._locks or not writing else self._turns.taken()
+            with turn, self._engine.connect() as connection:
                 connection = connection.execution_options(knell_begin="BEGIN IMMEDIATE" if writing else "BEGIN")
                 with connection.begin():
                     yield connection

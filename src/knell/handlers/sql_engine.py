@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,10 @@ from sqlalchemy import Connection, Engine, NullPool, create_engine, event
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
-from knell.errors import InvalidSettings
+from knell.errors import InvalidSettings, StoreUnavailable
 
 # How long a writer waits for the others, a caller for a connection, and a connection for its server.
-BUSY_SECONDS = 2.0
+BUSY_SECONDS = 5.0
 CONNECT_SECONDS = 2
 # A statement that takes longer is ended by PostgreSQL itself.
 STATEMENT_MILLISECONDS = 5000
@@ -78,13 +81,41 @@ def _postgresql(url: URL) -> Engine:
     return engine
 
 
+class Turns:
+    """Lets the threads of this process write one after the other. SQLite itself lets them sleep and poll, and some of
+    many never get their turn.
+    """  # fmt: skip
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        _turns.add(self)
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """A turn. StoreUnavailable if none comes in time."""
+        lock = self._lock
+        if not lock.acquire(timeout=BUSY_SECONDS):
+            raise StoreUnavailable(f"other threads kept the sessions' database busy for {BUSY_SECONDS:g} s; try again")
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def begin_anew(self) -> None:
+        """In a child after a fork: whoever had the turn is a thread of the parent."""
+        self._lock = threading.Lock()
+
+
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+_turns: weakref.WeakSet[Turns] = weakref.WeakSet()
 
 
 def _begin_anew_in_child() -> None:
     # The connections are the parent's: a child that used or closed one would disturb it.
     for engine in list(_engines):
         engine.dispose(close=False)
+    for turns in list(_turns):
+        turns.begin_anew()
 
 
 os.register_at_fork(after_in_child=_begin_anew_in_child)
