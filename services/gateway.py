@@ -45,6 +45,8 @@ app = gateway.celery_app()
 
 # ---- the web: live connections
 
+verifier = open_verifier("gateway", gateway.settings)
+
 
 async def live(websocket: WebSocket) -> None:
     """/live?ticket=...: says whether the ticket was good, gives a new one, then answers each message.
@@ -52,7 +54,7 @@ async def live(websocket: WebSocket) -> None:
     The middleware has checked the token, and closes the connection when it ends: nothing here has to.
     """
     await websocket.accept()
-    token = TokenRef.from_claims(websocket.scope["knell.claims"], tracked=gateway.settings.rules.tracked_claims)
+    token = verifier.reference(websocket.scope["knell.claims"])
     resumed = await run_in_threadpool(_use, websocket.query_params.get("ticket"), token)
     ticket = secrets.token_urlsafe(32)
     try:
@@ -72,4 +74,4 @@ def _use(ticket: str | None, token: TokenRef) -> bool:
 
 
 _pages = Starlette(routes=[WebSocketRoute("/live", live), Route("/health", health)], lifespan=lifespan)
-web = KnellMiddleware(_pages, open_verifier("gateway", gateway.settings), exempt={"/health"}, realm="gateway")
+web = KnellMiddleware(_pages, verifier, exempt={"/health"}, realm="gateway")

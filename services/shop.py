@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from knell import KeptOut, Service, TokenRef
+from knell import KeptOut, Service
 from knell.handlers.sessions import Ended, attach, open_sessions
 from knell.integrations.asgi import KnellMiddleware
 from services.auth import open_verifier
@@ -45,13 +45,14 @@ app = shop.celery_app()
 
 # ---- the web: what clients ask
 
+verifier = open_verifier("shop", shop.settings)
+
 
 def log_in(request: Request) -> Response:
     """POST /session with a Bearer token: open a session, whose id comes back as a cookie."""
     session_id = secrets.token_urlsafe(32)
     try:
-        token = TokenRef.from_claims(request.scope["knell.claims"], tracked=shop.settings.rules.tracked_claims)
-        sessions.add(session_id, token)
+        sessions.add(session_id, verifier.reference(request.scope["knell.claims"]))
     except KeptOut:
         return JSONResponse({"error": "this session has ended; log in again"}, status_code=401)
     response = Response(status_code=204)
@@ -84,4 +85,4 @@ _pages = Starlette(
     ],
     lifespan=lifespan,
 )
-web = KnellMiddleware(_pages, open_verifier("shop", shop.settings), exempt={"/logout", "/me", "/health"}, realm="shop")
+web = KnellMiddleware(_pages, verifier, exempt={"/logout", "/me", "/health"}, realm="shop")

@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from knell import TokenRevoked
 from knell.testing import Knell
 from tests.deployment import ROOT
 
@@ -29,12 +30,15 @@ def example(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
 def test_the_sessions(example: dict[str, Any], knell: Knell) -> None:
     """A login opens a session, whose end closes it, and the token opens no other."""
     knell.record(example["shop"])
-    claims = knell.verifier.verify(knell.issue({"sub": "alice", "sid": "s-1"}).token)
-    session_id = example["log_in"](claims)
+    claims = {"sub": "alice", "sid": "s-1"}
+    session_id = example["log_in"](knell.verifier, knell.issue(claims).token)
     assert example["who_is"](session_id) == "alice"
+    token = knell.issue(claims).token
+    assert example["log_in"](knell.verifier, token) is not None
     knell.revoke("key", {"kid": knell.key.kid})
     assert example["who_is"](session_id) is None
-    assert example["log_in"](claims) is None
+    with pytest.raises(TokenRevoked):
+        example["log_in"](knell.verifier, token)
 
 
 @pytest.mark.parametrize("example", ["cache"], indirect=True)

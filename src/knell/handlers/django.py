@@ -1,7 +1,7 @@
 """Sessions of Django, whatever backend keeps them.
 
     sessions = DjangoSessions(open_sessions(settings=knell_settings, name="django"))
-    sessions.add(request.session.session_key, TokenRef.from_claims(claims))  # when somebody has logged in
+    sessions.add(request.session.session_key, verifier.reference(claims))  # when somebody has logged in
     attach(sessions, service)
 
 Needs Django, with its settings configured, and a SESSION_ENGINE that keeps sessions on a server:
