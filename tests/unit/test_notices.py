@@ -17,6 +17,7 @@ from knell.notices import (
     NoticeBatch,
     Receipt,
     batch_id_of_revocation,
+    batch_id_of_undo,
     entry_numbers,
     new_batch_id,
     partition_of_batch,
@@ -239,8 +240,10 @@ def test_the_notice_of_a_revoked_token_tells_what_is_known() -> None:
         (new_batch_id("e"), 0),
         (new_batch_id("m"), None),
         (batch_id_of_revocation("x"), None),
+        (batch_id_of_undo("x"), None),
         (batch_id_of_revocation("e1-x"), None),
     ],
+    ids=["partition 12", "partition 0", "missed", "revocation", "undo", "like an expiry"],
 )
 def test_a_batch_id_tells_where_its_record_is(batch_id: str, partition: int | None) -> None:
     """An expiry's record lies in a partition, the others beside the feed."""

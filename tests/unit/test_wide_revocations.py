@@ -75,7 +75,7 @@ def login(issuer: Issuer, n: int, **claims: Any) -> str:
     return issuer.issue(named | claims, ttl_seconds=600).token
 
 
-@pytest.mark.parametrize(("scope", "match", "name"), WIDE)
+@pytest.mark.parametrize(("scope", "match", "name"), WIDE, ids=[each[0] for each in WIDE])
 def test_what_would_end_many_sessions_is_confirmed_by_name(
     issuer: Issuer, store: Store, scope: str, match: dict[str, Any], name: str
 ) -> None:
@@ -96,7 +96,7 @@ def test_what_would_end_many_sessions_is_confirmed_by_name(
     assert entry.what["match"] == match
 
 
-@pytest.mark.parametrize(("scope", "match", "name"), WIDE)
+@pytest.mark.parametrize(("scope", "match", "name"), WIDE, ids=[each[0] for each in WIDE])
 def test_what_ends_few_sessions_needs_no_confirming(
     issuer: Issuer, store: Store, verifier: Verifier, scope: str, match: dict[str, Any], name: str
 ) -> None:
@@ -114,7 +114,11 @@ def test_what_ends_few_sessions_needs_no_confirming(
     assert store.audit()[0].counts == {"tokens": 1, "sessions": 1}
 
 
-@pytest.mark.parametrize(("scope", "match", "name"), [*WIDE, ("subject", {"sub": "user-1"}, "")])
+@pytest.mark.parametrize(
+    ("scope", "match", "name"),
+    [*WIDE, ("subject", {"sub": "user-1"}, "")],
+    ids=[*(each[0] for each in WIDE), "subject"],
+)
 def test_a_dry_run_changes_nothing(
     issuer: Issuer, store: Store, deployed: Settings, scope: str, match: dict[str, Any], name: str
 ) -> None:
