@@ -14,8 +14,9 @@ from knell.errors import InvalidClaims, InvalidSettings, TokenInvalid
 from knell.keyring import KeyRing
 from knell.keys import OWN_TYPES
 from knell.keysource import KeySource
+from knell.revocations import has_claims
 from knell.settings import Rules
-from knell.tokens import Claims, TokenRef, check_time
+from knell.tokens import Claims, ClaimValue, TokenRef, check_claim_value, check_identifier, check_time
 
 # Above any token in use (a header line is mostly limited to 8 KiB), and small enough to refuse at no cost.
 MAX_TOKEN_BYTES = 16 * 1024
@@ -35,6 +36,7 @@ class Decoder:
         audience: str | Sequence[str] | None,
         rules: Rules,
         require: Collection[str] = ("exp", "jti"),
+        match: Mapping[str, ClaimValue] | None = None,
     ) -> None:
         """Make a decoder. The arguments are those of `knell.Verifier`.
 
@@ -47,6 +49,7 @@ class Decoder:
         self._rules = rules
         if isinstance(require, str):
             raise InvalidSettings(f'require is {require!r}; give a list, for example ["exp", "jti"]')
+        self._match = {} if match is None else _checked_match(match)
         self._options: Any = {
             "require": sorted(ALWAYS_REQUIRED.union(require)),
             # Times are checked against the verifier's own clock, and more strictly.
@@ -83,6 +86,9 @@ class Decoder:
         except jwt.PyJWTError as error:
             raise TokenInvalid(f"the token is not accepted: {error}") from None
         claims.kid = key.kid_in(header)
+        if not has_claims(claims, self._match):
+            wrong = next(name for name, value in self._match.items() if not has_claims(claims, {name: value}))
+            raise TokenInvalid(f"the token's {wrong!r} is not {self._match[wrong]!r}, which is asked for here")
         return claims, self.checked(claims)
 
     def reference(self, claims: Mapping[str, Any]) -> TokenRef:
@@ -131,6 +137,15 @@ def read_header(token: str) -> dict[str, Any]:
     if isinstance(typ, str) and typ.lower().removeprefix("application/").startswith(OWN_TYPES):
         raise TokenInvalid("this is a signed message of Knell, not an access token")
     return header
+
+
+def _checked_match(match: Mapping[str, ClaimValue]) -> dict[str, ClaimValue]:
+    try:
+        return {check_identifier("a claim's name", name): check_claim_value(name, match[name]) for name in match}
+    except (InvalidClaims, TypeError) as error:
+        raise InvalidSettings(
+            f'match is {match!r}; give claims and values, like {{"token_type": "access"}}: {error}'
+        ) from None
 
 
 def _names(called: str, given: str | Sequence[str]) -> list[str]:

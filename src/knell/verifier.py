@@ -16,7 +16,7 @@ from knell.errors import DenylistStale, InvalidSettings, TokenExpired, TokenInva
 from knell.follower import Follower
 from knell.settings import Settings
 from knell.store import Feed, open_store
-from knell.tokens import Claims, TokenRef
+from knell.tokens import Claims, ClaimValue, TokenRef
 from knell.watches import TokenEnd, Watch, Watches, ends_at
 
 __all__ = ["AVAILABLE", "STRICT", "Policy", "TokenEnd", "Verifier", "Watch"]
@@ -80,6 +80,7 @@ class Verifier:
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
         require: Collection[str] = ("exp", "jti"),
+        match: Mapping[str, ClaimValue] | None = None,
         start_wait_seconds: float = START_WAIT_SECONDS,
     ) -> None:
         """Make a verifier; nothing is opened yet.
@@ -107,6 +108,8 @@ class Verifier:
                 is accepted, and can only be revoked by its sid or sub. Add "iat" if tokens of this issuer could lack
                 it: the lifetime of a token without iat cannot be checked, so revoking one by a jti that was never
                 tracked holds for the maximum token lifetime only.
+            match: claims that a token must have with these values, such as {"token_type": "access"} where the same key
+                signs refresh tokens as well; a claim that is a list has the value in it. Default none.
             start_wait_seconds: how long after the start in a process `verify` may wait for the denylist. Default 1.
 
         Raises:
@@ -120,7 +123,13 @@ class Verifier:
                 "revocation leaves the denylist that long after its token's exp"
             )
         self._decoder = Decoder(
-            keys, algorithms=algorithms, issuer=issuer, audience=audience, rules=settings.rules, require=require
+            keys,
+            algorithms=algorithms,
+            issuer=issuer,
+            audience=audience,
+            rules=settings.rules,
+            require=require,
+            match=match,
         )
         self._keys = self._decoder.source
         self.policy = policy

@@ -370,6 +370,18 @@ def test_the_claims_are_the_callers_own(make: Callable[..., Verifier]) -> None:
     assert one.verify(token) == claims(roles=["a", {"b": 1}])
 
 
+def test_a_token_of_another_kind_by_the_same_key_is_refused(make: Callable[..., Verifier]) -> None:
+    """Where one key signs access and refresh tokens, a claim tells them apart, with its very value."""
+    one = make(match={"token_type": "access", "level": 1})
+    assert one.verify(mint(claims(token_type="access", level=1)))
+    for wrong in ({"token_type": "refresh", "level": 1}, {"token_type": "access", "level": True}, {"level": 1}):
+        with pytest.raises(TokenInvalid, match="which is asked for here"):
+            one.verify(mint(claims(**wrong)))
+    for unfit in ({"token_type": 1.5}, {"": "x"}, "access"):
+        with pytest.raises(InvalidSettings, match="match is"):
+            make(match=unfit)
+
+
 # ---- revocations
 
 
