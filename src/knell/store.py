@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol
-from urllib.parse import urlsplit
 
 from uuid6 import uuid7
 
 from knell.errors import InvalidSettings
 from knell.notices import Receipt
 from knell.revocations import InitiatingEntity, Revocation
-from knell.settings import Rules
+from knell.settings import REDIS_SCHEMES, Rules
 from knell.tokens import TokenRef
 
 # A publisher that got "must arm" has this long to have the timer confirmed before another caller is told the same.
@@ -651,7 +650,7 @@ def open_store(
     partitions: int = 1,
     clock: Callable[[], float] | None = None,
 ) -> Store:
-    """Open a store by its URL: `redis://`, `rediss://`, `unix://` or `sqlite:///path`.
+    """Open a store by its URL: see KNELL_STORE_URL in docs/settings.md.
 
     Args:
         clock: replaces the store's own clock, for tests that move it. Default: the server's.
@@ -660,9 +659,9 @@ def open_store(
         InvalidSettings: the URL has a scheme that no store answers to.
         StoreUnavailable: SQLite could not open its file. A server is not contacted here.
     """
-    scheme = urlsplit(url).scheme
+    scheme = url.partition("://")[0].lower()
     rules = rules or Rules()
-    if scheme in ("redis", "rediss", "unix"):
+    if scheme in REDIS_SCHEMES:
         from knell.stores.redis import RedisStore
 
         return RedisStore(url, namespace=namespace, rules=rules, partitions=partitions, clock=clock)
@@ -670,4 +669,7 @@ def open_store(
         from knell.stores.sql import SqlStore
 
         return SqlStore(url, namespace=namespace, rules=rules, clock=clock)
-    raise InvalidSettings(f"KNELL_STORE_URL has scheme {scheme!r}; use redis://, rediss://, unix:// or sqlite:///")
+    raise InvalidSettings(
+        f"KNELL_STORE_URL has scheme {scheme!r}; use redis://, rediss://, redis+sentinel://, redis+cluster://, unix:// "
+        "or sqlite:///"
+    )

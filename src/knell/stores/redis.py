@@ -45,11 +45,11 @@ class RedisStore(RedisTracking, RedisCount, RedisFeed, RedisKeeping, RedisAudit,
         if not 1 <= partitions <= 65_536:
             raise InvalidSettings(f"KNELL_PARTITIONS is {partitions}; use 1 to 65536")
         self.rules = rules
-        self._link = Link(url)
         self._clock = clock
         self._namespace = namespace
         self._partitions = partitions
         self._feed = f"{{{namespace}:feed}}"
+        self._link = Link(url, home=self._feed)
         self._identity = Identity()
         self._claim_names = ClaimNames()
 

@@ -16,7 +16,8 @@ from knell.revocations import Revocation
 from knell.store import AuditEntry, Change, Cursor, Recorded, ServiceStatus
 from knell.stores.feed import NO_EPOCH, changes_after
 from knell.stores.redis_codec import deny_key_of, pack_audit, pack_revocation, pairs, read_revocation
-from knell.stores.redis_link import BLOCK_SECONDS, Command, script
+from knell.stores.redis_link import script
+from knell.stores.redis_node import BLOCK_SECONDS, Command
 from knell.stores.redis_part import RedisPart
 
 # How old what we know of the server's identity may be; it is asked again after each new connection as well.

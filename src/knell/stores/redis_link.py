@@ -10,23 +10,18 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from importlib.resources import files
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import redis
-from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, ReadOnlyError, RedisError, ResponseError
-from redis.retry import Retry
 
 from knell.errors import InvalidSettings, StoreUnavailable
+from knell.stores.redis_cluster import Cluster
+from knell.stores.redis_node import BLOCK_SECONDS, Argument, Command, Replicas
+from knell.stores.redis_servers import OneServer, Sentinels, Servers
+from knell.stores.redis_url import parse_redis_url
 
-# A request path waits for this: one attempt to connect and one to read, each twice, stays within 2 s.
-TIMEOUT_SECONDS = 0.5
 # A second attempt begins only this soon after the first one did, so that both together stay within 2 s.
 RETRY_WITHIN_SECONDS = 1.1
-# A connection that was idle for so long is tried with a PING first.
-HEALTH_CHECK_SECONDS = 30
-# How long one XREAD may block: between two, the server's identity is looked at.
-BLOCK_SECONDS = 1.0
 # Loading brings all scripts at once; twice for those that are flushed, or fail over, right then.
 MOST_LOADS = 2
 # The parts that a script begins with, beside common.lua.
@@ -78,10 +73,6 @@ _ANSWERED_ONCE = frozenset(
 
 T = TypeVar("T")
 
-Argument = str | bytes | int | float
-# One command: either ("EVALSHA", sha, number of keys, tag, ...), made by `script`, or any other.
-Command = tuple[Argument, ...]
-
 
 @cache
 def _sources() -> Mapping[str, tuple[str, str]]:
@@ -111,23 +102,33 @@ class Link:
     """Runs commands. Threads may share one; after a fork each process opens connections of its own.
 
     Args:
-        url: `redis://`, `rediss://` or `unix://`. Nothing is contacted here.
+        url: see `knell.stores.redis_url`. Nothing is contacted here.
+        home: a key of the slot where what names no key is asked, on a cluster.
     """
 
-    def __init__(self, url: str) -> None:
-        self.where = _where(url)
+    def __init__(self, url: str, *, home: str) -> None:
+        parsed = parse_redis_url("KNELL_STORE_URL", url)
+        self.where = parsed.where
+        self.clustered = parsed.kind == "cluster"
         self._opened = 0
         self._lock = threading.Lock()
-        try:
-            self._client = self._open(url, TIMEOUT_SECONDS)
-            self._reader = self._open(url, BLOCK_SECONDS + TIMEOUT_SECONDS)
-        except (ValueError, TypeError) as error:
-            raise InvalidSettings(f"KNELL_STORE_URL for {self.where} cannot be used: {error}") from None
+        replicas = Replicas(parsed.min_replicas, parsed.wait_ms) if parsed.min_replicas else None
+        self._servers: Servers
+        if parsed.kind == "cluster":
+            self._servers = Cluster(parsed, replicas, self._changed, home=home)
+        elif parsed.kind == "sentinel":
+            self._servers = Sentinels(parsed, replicas, self._changed)
+        else:
+            self._servers = OneServer(parsed, replicas, self._changed)
 
     @property
     def opened(self) -> int:
-        """How many connections were opened so far; when it grows, the server may be another one."""
+        """How many connections were opened, and slots found moved; when it grows, the server may be another one."""
         return self._opened
+
+    def look(self) -> None:
+        """Make sure that what is asked is still the server to ask; `opened` grows if it was not."""
+        self._guarded(self._servers.look)
 
     def run(self, *commands: Command) -> list[Any]:
         """Run commands in one round trip, in order, and return their answers.
@@ -141,15 +142,16 @@ class Link:
         loads = 0
         while len(answers) < len(commands):
             found = self._guarded(partial(self._pipeline, commands[len(answers) :]))
-            missing = next((n for n, one in enumerate(found) if isinstance(one, NoScriptError)), None)
-            if missing is not None:
+            missing = [n for n, one in enumerate(found) if isinstance(one, NoScriptError)]
+            if missing:
                 if loads == MOST_LOADS:
                     raise StoreUnavailable(
                         f"the store at {self.where} keeps no scripts; is it one server, all the time?"
                     )
                 loads += 1
-                self._guarded(self._load)
-                found = found[:missing]
+                left = commands[len(answers) :]
+                self._guarded(partial(self._load, [left[n] for n in missing]))
+                found = found[: missing[0]]
             answers += found
         for answer in answers:
             if isinstance(answer, RedisError):
@@ -163,45 +165,21 @@ class Link:
     def block(self, stream: str, after: int, seconds: float) -> None:
         """Wait until a stream has an entry after `<after>-0`, at most BLOCK_SECONDS."""
         milliseconds = max(1, round(min(seconds, BLOCK_SECONDS) * 1000))
-        self._guarded(lambda: self._reader.xread({stream: f"{after}-0"}, count=1, block=milliseconds))
+        self._guarded(partial(self._servers.block, stream, after, milliseconds))
 
     def close(self) -> None:
         """Close the idle connections."""
-        self._client.close()
-        self._reader.close()
+        self._servers.close()
 
-    def _open(self, url: str, timeout_seconds: float) -> redis.Redis:
-        return redis.Redis.from_url(
-            url,
-            decode_responses=False,
-            protocol=2,
-            socket_timeout=timeout_seconds,
-            socket_connect_timeout=TIMEOUT_SECONDS,
-            health_check_interval=HEALTH_CHECK_SECONDS,
-            retry=Retry(NoBackoff(), 0),
-            redis_connect_func=self._connected,
-        )
-
-    def _connected(self, connection: Any) -> None:
-        connection.on_connect()
+    def _changed(self) -> None:
         with self._lock:
             self._opened += 1
 
     def _pipeline(self, commands: Sequence[Command]) -> list[Any]:
-        with self._client.pipeline(transaction=False) as pipe:
-            queue: Callable[..., Any] = pipe.execute_command
-            for command in commands:
-                queue(*command)
-            answers = list(pipe.execute(raise_on_error=False))
-        if refused := next((one for one in answers if isinstance(one, ReadOnlyError)), None):
-            raise refused
-        return answers
+        return self._servers.run(commands)
 
-    def _load(self) -> None:
-        with self._client.pipeline(transaction=False) as pipe:
-            for _, text in _sources().values():
-                pipe.script_load(text)
-            pipe.execute()
+    def _load(self, commands: Sequence[Command]) -> None:
+        self._servers.load([text for _, text in _sources().values()], commands)
 
     def _guarded(self, action: Callable[[], T]) -> T:
         began = time.monotonic()
@@ -214,8 +192,7 @@ class Link:
             raise self._refused(error) from error
         # After a restart every idle connection is dead, not only the one that was just tried; after a failover each may
         # lead to what has become a replica.
-        for client in (self._client, self._reader):
-            client.connection_pool.disconnect(inuse_connections=False)
+        self._servers.forget()
         try:
             return action()
         except (RedisError, OSError) as error:
@@ -230,17 +207,3 @@ class Link:
                 f"the store at {self.where} was laid out with KNELL_PARTITIONS={found}; set every process to that"
             )
         return StoreUnavailable(f"the store at {self.where} did not answer or refused: {type(error).__name__}: {text}")
-
-
-def _where(url: str) -> str:
-    """The URL's host and port, or its socket's path: what may be shown to anybody."""
-    parts = urlsplit(url)
-    if parts.scheme == "unix":
-        return parts.path
-    try:
-        return f"{parts.hostname or 'localhost'}:{parts.port or 6379}"
-    except ValueError:
-        # Python's own text has the port in it: of a password with a "/" that is a part of the password.
-        raise InvalidSettings(
-            "KNELL_STORE_URL has a port that is none; write / ? # @ of a password as %2F ..."
-        ) from None

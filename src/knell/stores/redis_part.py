@@ -8,7 +8,8 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from knell.settings import Rules
-from knell.stores.redis_link import Argument, Link
+from knell.stores.redis_link import Link
+from knell.stores.redis_node import Argument
 
 # A script looks at this many things at most, so that it blocks the server for milliseconds.
 CHUNK = 500

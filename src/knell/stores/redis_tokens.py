@@ -10,7 +10,8 @@ from knell.errors import NotDue
 from knell.notices import new_batch_id
 from knell.store import Claim, Detached
 from knell.stores.redis_codec import pack_id, read_entries, read_ref, read_start, read_strings
-from knell.stores.redis_link import Command, script
+from knell.stores.redis_link import script
+from knell.stores.redis_node import Command
 from knell.stores.redis_part import RedisPart, chunks
 
 # Hashes of about 100 tokens are compact; 16,384 of them hold 1.6 million tokens a partition in that form. A store keeps

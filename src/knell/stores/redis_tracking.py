@@ -12,7 +12,8 @@ from knell.store import Tracked
 from knell.stores.denied import names_of_token
 from knell.stores.redis_codec import pack_ref, read_start
 from knell.stores.redis_denylist import Asked, ClaimNames, all_keys, read_hits
-from knell.stores.redis_link import Command, script
+from knell.stores.redis_link import script
+from knell.stores.redis_node import Command
 from knell.stores.redis_part import CHUNK, chunks
 from knell.stores.redis_tokens import RedisTokens
 from knell.tokens import TokenRef
