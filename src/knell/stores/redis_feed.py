@@ -15,8 +15,7 @@ from knell.notices import batch_id_of_revocation, batch_id_of_undo, new_batch_id
 from knell.revocations import Revocation
 from knell.store import AuditEntry, Change, Cursor, Recorded, ServiceStatus
 from knell.stores.feed import NO_EPOCH, changes_after
-from knell.stores.redis_codec import deny_key_of, pack_audit, pack_revocation, pairs, read_revocation
-from knell.stores.redis_link import script
+from knell.stores.redis_codec import Reader, deny_key_of, pack_audit, pack_revocation, pairs, read_revocation
 from knell.stores.redis_node import BLOCK_SECONDS, Command
 from knell.stores.redis_part import RedisPart
 
@@ -69,11 +68,14 @@ class RedisFeed(RedisPart):
             self._link.block(f"{self._feed}:f", cursor.position, min(left, BLOCK_SECONDS))
 
     def snapshot(self, *, after: int = 0, limit: int = 1000) -> list[Change]:
-        flat = self._call_feed("snapshot", after, limit)
-        return [
-            Change(position, "revoked", read_revocation(packed))
-            for position, packed in zip(flat[::2], flat[1::2], strict=True)
-        ]
+        while True:
+            [ids] = self._link.run(("ZRANGEBYSCORE", f"{self._feed}:p", f"({after}", "+inf", "LIMIT", 0, limit))
+            if not ids:
+                return []
+            [found] = self._link.run(("HMGET", f"{self._feed}:v", *ids))
+            # An empty page means the end. One whose revocations have all been removed since is none.
+            if changes := [_read_kept(packed) for packed in found if packed is not None]:
+                return changes
 
     def revoke(self, revocation: Revocation, *, batch_id: str, jws: str, audit: AuditEntry) -> Recorded:
         stored, position, created, *services = self._call_feed(
@@ -136,44 +138,60 @@ class RedisFeed(RedisPart):
 
         A new connection may lead to another server: what came over it is read again, with that server's identity.
         """
-        deadline = time.monotonic() + SETTLE_SECONDS
+        feed, deadline = self._feed, time.monotonic() + SETTLE_SECONDS
         while time.monotonic() < deadline:
             opened = self._link.opened
             known = self._identity.fresh(opened)
-            commands: list[Command] = [] if known else [("INFO", "replication")]
-            # One script, so that entries are never newer than the head and the epoch that they are judged by.
-            position_and_limit = ("", "") if position is None else (position, limit)
-            commands.append(script("read_feed", self._feed, *position_and_limit))
+            commands: list[Command] = []
+            if not known:
+                self._link.look()
+                commands.append(("INFO", "replication"))
+            # No script: whoever only reads the feed needs no right to run any.
+            commands.append(("HMGET", f"{feed}:m", "epoch", "pos", "last"))
+            if position is not None:
+                commands += [
+                    ("XRANGE", f"{feed}:f", f"{position}-0", "+", "COUNT", limit),
+                    ("HGET", f"{feed}:m", "epoch"),
+                ]
             answers = self._link.run(*commands)
             if not known:
                 known = self._identity.learn(answers.pop(0), opened)
-            if self._link.opened != opened:
+            (stored, last, revocation_id), *read = answers
+            entries, still = read or ([], stored)
+            # Entries of a store that was emptied meanwhile must not be judged by what it was before.
+            if self._link.opened != opened or still != stored:
                 continue
-            stored, last, revocation_id, entries = answers[0]
             epoch = f"{self._begin() if stored is None else stored.decode()}.{known}"
             head = Cursor(epoch, int(last or 0), None if revocation_id is None else revocation_id.decode())
-            return head, [_read_change(entry_id, flat) for entry_id, flat in entries]
+            return head, [_read_change(entry_id, entry) for entry_id, entry in entries]
         raise StoreUnavailable(f"the store at {self._link.where} keeps no connection open; is it restarting?")
 
     def _begin(self) -> str:
-        """Give an empty store its epoch. On a replica that is not possible, and its primary has none yet either."""
+        """Give an empty store its epoch. Who may only read it, or reads a replica, cannot, and there is none yet."""
+        key = f"{self._feed}:m"
         try:
-            stored: bytes = self._call_feed("epoch", secrets.token_hex(8))
+            _, stored = self._link.run(("HSETNX", key, "epoch", secrets.token_hex(8)), ("HGET", key, "epoch"))
         except StoreUnavailable as error:
-            if "ReadOnlyError" in str(error):
+            if any(name in str(error) for name in ("ReadOnlyError", "NoPermissionError")):
                 return NO_EPOCH
             raise
-        return stored.decode()
+        return str(stored.decode())
 
 
 def _names(found: Sequence[bytes]) -> tuple[str, ...]:
     return tuple(sorted(name.decode() for name in found))
 
 
-def _read_change(entry_id: bytes, flat: Sequence[bytes]) -> Change:
-    entry = pairs(flat)
+def _read_change(entry_id: bytes, entry: Mapping[bytes, bytes]) -> Change:
     kind: Literal["revoked", "undone"] = "undone" if entry[b"k"] == b"undone" else "revoked"
     return Change(int(entry_id.split(b"-")[0]), kind, read_revocation(entry[b"d"]))
+
+
+def _read_kept(packed: bytes) -> Change:
+    """A revocation as the denylist keeps it; see lua/feed.lua."""
+    reader = Reader(packed)
+    position, _ = reader.integer(8), reader.item()
+    return Change(position, "revoked", read_revocation(packed[reader.at :]))
 
 
 def _read_status(state: str) -> ServiceStatus:

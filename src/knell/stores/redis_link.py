@@ -39,11 +39,8 @@ _PRELUDES = {
     "list_audit": (),
     "live_in_session": ("tokens",),
     "refusals": ("feed",),
-    "snapshot": ("feed",),
     "revocation": ("feed",),
     "prune_feed": ("feed",),
-    "read_feed": (),
-    "epoch": (),
     "settle": ("log",),
     "waiting": (),
     "take": ("log",),
@@ -71,6 +68,14 @@ _ANSWERED_ONCE = frozenset(
     {"revoke", "undo", "claim", "begin", "add_service", "remove_service", "unpark", "drop", "prune_feed", "prune_kept"}
 )
 
+# Scripts that only read: the server holds them to that.
+_READS = frozenset(
+    {
+        "session", "live_in_session", "refusals", "revocation", "due", "waiting", "services", "outdated", "list_parked",
+        "list_audit",
+    }
+)  # fmt: skip
+
 T = TypeVar("T")
 
 
@@ -95,7 +100,7 @@ def _sources() -> Mapping[str, tuple[str, str]]:
 def script(name: str, tag: str, *arguments: Argument) -> Command:
     """The command that runs a script in the slot of `tag`. Make one for each call: sent again, it is that same call."""
     keys = (tag, f"{tag}:a:{secrets.token_hex(8)}") if name in _ANSWERED_ONCE else (tag,)
-    return ("EVALSHA", _sources()[name][0], len(keys), *keys, *arguments)
+    return ("EVALSHA_RO" if name in _READS else "EVALSHA", _sources()[name][0], len(keys), *keys, *arguments)
 
 
 class Link:
