@@ -184,7 +184,7 @@ class RabbitServer:
     def start(self) -> None:
         """Start it, or start it again on the same ports and data; returns when it takes connections."""
         if not self._epmd.running:
-            self._epmd.run(lambda: _listens(self._epmd_port))
+            self._epmd.run(lambda: listens(self._epmd_port))
         self._process.run(self._answers)
 
     def stop(self) -> None:
@@ -313,7 +313,8 @@ def start_rabbitmq(directory: Path, *, management: bool = True) -> RabbitServer:
     return server
 
 
-def _listens(port: int) -> bool:
+def listens(port: int) -> bool:
+    """Whether somebody takes connections at a port of the loopback interface."""
     try:
         socket.create_connection(("127.0.0.1", port), timeout=1).close()
     except OSError:

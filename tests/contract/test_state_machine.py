@@ -324,6 +324,7 @@ def machine_url(kind: str, request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", ["sqlite", pytest.param("redis", marks=pytest.mark.redis)], indirect=True)
 def test_every_end_is_told_whatever_dies(machine_url: str, kind: str) -> None:
     """However calls and crashes interleave: all that ends is told, nothing early, no session twice in one life."""
     machine = type("Callers", (Callers,), {"url": machine_url})
