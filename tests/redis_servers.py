@@ -31,7 +31,7 @@ sentinel failover-timeout mymaster 3000
 
 def ask(server: RedisServer) -> redis.Redis:
     """A client of one server; close it."""
-    return redis.Redis(host="127.0.0.1", port=server.port)
+    return redis.Redis(host="127.0.0.1", port=server.port, protocol=2)
 
 
 def replicate(directory: Path, primary: RedisServer, *, extra: Sequence[str] = ()) -> RedisServer:
@@ -70,6 +70,12 @@ class Sentinels:
         """Let it go on."""
         self._sentinels[n].signal(signal.SIGCONT)
 
+    def point(self, port: int, primary: RedisServer) -> None:
+        """Make one sentinel take another server for the primary, as after a failover that the old one did not see."""
+        with self._peer(port) as client:
+            client.execute_command("SENTINEL", "REMOVE", "mymaster")
+            client.execute_command("SENTINEL", "MONITOR", "mymaster", "127.0.0.1", primary.port, 2)
+
     def named(self) -> int:
         """The port of the primary that the last sentinel names."""
         return int(self._state(self.ports[-1])["port"])
@@ -86,9 +92,12 @@ class Sentinels:
         return (state["num-other-sentinels"], state["num-slaves"]) == ("2", "1")
 
     def _state(self, port: int) -> dict[str, str]:
-        with redis.Redis(port=port, username="peer", password="peer-secret", decode_responses=True) as client:
+        with self._peer(port) as client:
             flat: Any = client.execute_command("SENTINEL", "MASTER", "mymaster")
-            return dict(zip(flat[::2], flat[1::2], strict=True)) if isinstance(flat, list) else flat
+        return dict(zip(flat[::2], flat[1::2], strict=True))
+
+    def _peer(self, port: int) -> redis.Redis:
+        return redis.Redis(port=port, username="peer", password="peer-secret", decode_responses=True, protocol=2)
 
 
 def _sentinel(directory: Path, port: int, primary: int) -> Process:

@@ -80,6 +80,13 @@ class Cluster:
             left = again
         return [answers[n] for n in range(len(commands))]
 
+    def each(self, keys: Sequence[str], commands: Sequence[Command]) -> dict[str, list[Any]]:
+        addresses = dict.fromkeys(self._address(slot_of(key)) for key in keys)
+        return {
+            f"{host}:{port}": self._on((host, port), partial(self._node((host, port)).run, commands))
+            for host, port in addresses
+        }
+
     def load(self, scripts: Sequence[str], commands: Sequence[Command]) -> None:
         for address in self._by_node(commands, range(len(commands))):
             self._on(address, partial(self._node(address).load, scripts))

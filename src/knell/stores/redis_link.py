@@ -112,9 +112,8 @@ class Link:
     """
 
     def __init__(self, url: str, *, home: str) -> None:
-        parsed = parse_redis_url("KNELL_STORE_URL", url)
+        self.url = parsed = parse_redis_url("KNELL_STORE_URL", url)
         self.where = parsed.where
-        self.clustered = parsed.kind == "cluster"
         self._opened = 0
         self._lock = threading.Lock()
         replicas = Replicas(parsed.min_replicas, parsed.wait_ms) if parsed.min_replicas else None
@@ -159,6 +158,14 @@ class Link:
                 found = found[: missing[0]]
             answers += found
         for answer in answers:
+            if isinstance(answer, RedisError):
+                raise self._refused(answer)
+        return answers
+
+    def each(self, keys: Sequence[str], *commands: Command) -> dict[str, list[Any]]:
+        """The answers of every server that has one of these keys, by its host and port."""
+        answers: dict[str, list[Any]] = self._guarded(partial(self._servers.each, keys, commands))
+        for answer in (each for some in answers.values() for each in some):
             if isinstance(answer, RedisError):
                 raise self._refused(answer)
         return answers

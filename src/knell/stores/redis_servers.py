@@ -25,6 +25,9 @@ class Servers(Protocol):
     def run(self, commands: Sequence[Command]) -> list[Any]:
         """Run commands, those of one server in one round trip, and return their answers, errors among them."""
 
+    def each(self, keys: Sequence[str], commands: Sequence[Command]) -> dict[str, list[Any]]:
+        """The answers of every server that has one of these keys, by what to call it."""
+
     def load(self, scripts: Sequence[str], commands: Sequence[Command]) -> None:
         """Bring scripts to every server that one of these commands goes to."""
 
@@ -45,10 +48,14 @@ class OneServer:
     """The server that the URL names."""
 
     def __init__(self, url: RedisUrl, replicas: Replicas | None, changed: Callable[[], None]) -> None:
+        self._where = url.where
         self._node = Node(url.server(*url.hosts[0] if url.hosts else ()), replicas=replicas, opened=lambda _: changed())
 
     def run(self, commands: Sequence[Command]) -> list[Any]:
         return self._node.run(commands)
+
+    def each(self, keys: Sequence[str], commands: Sequence[Command]) -> dict[str, list[Any]]:
+        return {self._where: self.run(commands)}
 
     def load(self, scripts: Sequence[str], commands: Sequence[Command]) -> None:
         self._node.load(scripts)
@@ -82,6 +89,9 @@ class Sentinels:
 
     def run(self, commands: Sequence[Command]) -> list[Any]:
         return self._node().run(commands)
+
+    def each(self, keys: Sequence[str], commands: Sequence[Command]) -> dict[str, list[Any]]:
+        return {self._url.where: self.run(commands)}
 
     def load(self, scripts: Sequence[str], commands: Sequence[Command]) -> None:
         self._node().load(scripts)

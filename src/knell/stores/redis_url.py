@@ -21,6 +21,8 @@ _OPTIONS = (
 # What it tells Knell alone.
 _OF_REPLICAS = ("min_replicas", "wait_ms")
 _OF_SENTINELS = ("sentinel_username", "sentinel_password")
+# What redis-py reads as no.
+_FALSE = ("0", "F", "FALSE", "N", "NO")
 DEFAULT_WAIT_MS = 200
 # An answer is waited for half a second, and the wait for replicas is a part of that.
 MOST_WAIT_MS = 400
@@ -39,6 +41,7 @@ class RedisUrl:
         service: the name that the sentinels have for the primary.
         min_replicas: how many replicas must have a write before it is acknowledged.
         wait_ms: how long they have for it, in milliseconds.
+        verified: False if it switches off the check of certificates, or of the names in them.
     """
 
     kind: Literal["one", "sentinel", "cluster"]
@@ -47,6 +50,7 @@ class RedisUrl:
     service: str = ""
     min_replicas: int = 0
     wait_ms: int = DEFAULT_WAIT_MS
+    verified: bool = True
     # What stands before and after host and port. Passwords are in it.
     _server: tuple[str, str] = field(default=("", ""), repr=False)
     _sentinel: tuple[str, str] = field(default=("", ""), repr=False)
@@ -95,6 +99,7 @@ def parse_redis_url(name: str, url: str) -> RedisUrl:
         service=service,
         min_replicas=_number(name, options, "min_replicas", 0, MOST_REPLICAS, 0),
         wait_ms=_number(name, options, "wait_ms", 1, MOST_WAIT_MS, DEFAULT_WAIT_MS),
+        verified=options.get("ssl_cert_reqs") != "none" and options.get("ssl_check_hostname", "").upper() not in _FALSE,
         _server=server,
         _sentinel=sentinel if kind == "sentinel" else ("", ""),
     )
