@@ -12,7 +12,7 @@ from importlib.resources import files
 from typing import Any, TypeVar
 
 import redis
-from redis.exceptions import NoScriptError, ReadOnlyError, RedisError, ResponseError
+from redis.exceptions import MovedError, NoScriptError, ReadOnlyError, RedisError, ResponseError
 
 from knell.errors import InvalidSettings, StoreUnavailable
 from knell.stores.redis_cluster import Cluster
@@ -218,4 +218,7 @@ class Link:
             return InvalidSettings(
                 f"the store at {self.where} was laid out with KNELL_PARTITIONS={found}; set every process to that"
             )
-        return StoreUnavailable(f"the store at {self.where} did not answer or refused: {type(error).__name__}: {text}")
+        hint = "; for a Redis Cluster use redis+cluster:// in the URL" if isinstance(error, MovedError) else ""
+        return StoreUnavailable(
+            f"the store at {self.where} did not answer or refused: {type(error).__name__}: {text}{hint}"
+        )
