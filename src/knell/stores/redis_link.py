@@ -113,6 +113,7 @@ class Link:
 
     def __init__(self, url: str, *, home: str) -> None:
         self.url = parsed = parse_redis_url("KNELL_STORE_URL", url)
+        parsed.check_files("KNELL_STORE_URL")
         self.where = parsed.where
         self._opened = 0
         self._lock = threading.Lock()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -18,6 +19,7 @@ _OPTIONS = (
     "socket_connect_timeout", "socket_keepalive", "socket_timeout", "ssl_ca_certs", "ssl_ca_path", "ssl_cert_reqs",
     "ssl_certfile", "ssl_check_hostname", "ssl_keyfile", "ssl_password", "username",
 )  # fmt: skip
+_FILES = ("ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile")
 # What it tells Knell alone.
 _OF_REPLICAS = ("min_replicas", "wait_ms")
 _OF_SENTINELS = ("sentinel_username", "sentinel_password")
@@ -42,6 +44,7 @@ class RedisUrl:
         min_replicas: how many replicas must have a write before it is acknowledged.
         wait_ms: how long they have for it, in milliseconds.
         verified: False if it switches off the check of certificates, or of the names in them.
+        files: the paths that it names, by their options.
     """
 
     kind: Literal["one", "sentinel", "cluster"]
@@ -51,6 +54,7 @@ class RedisUrl:
     min_replicas: int = 0
     wait_ms: int = DEFAULT_WAIT_MS
     verified: bool = True
+    files: Mapping[str, str] = field(default_factory=dict)
     # What stands before and after host and port. Passwords are in it.
     _server: tuple[str, str] = field(default=("", ""), repr=False)
     _sentinel: tuple[str, str] = field(default=("", ""), repr=False)
@@ -62,6 +66,12 @@ class RedisUrl:
     def sentinel(self, host: str, port: int) -> str:
         """The URL of one sentinel, as redis-py reads it."""
         return _host_and_port(host, port).join(self._sentinel)
+
+    def check_files(self, name: str) -> None:
+        """InvalidSettings if a file that is named cannot be read: redis-py would not say which."""
+        for option, path in self.files.items():
+            if not os.access(path, os.R_OK):
+                raise InvalidSettings(f"{name}: {option} is {path!r}, which is not there, or may not be read")
 
 
 def parse_redis_url(name: str, url: str) -> RedisUrl:
@@ -100,6 +110,7 @@ def parse_redis_url(name: str, url: str) -> RedisUrl:
         min_replicas=_number(name, options, "min_replicas", 0, MOST_REPLICAS, 0),
         wait_ms=_number(name, options, "wait_ms", 1, MOST_WAIT_MS, DEFAULT_WAIT_MS),
         verified=options.get("ssl_cert_reqs") != "none" and options.get("ssl_check_hostname", "").upper() not in _FALSE,
+        files={option: path for option, path in options.items() if option in _FILES},
         _server=server,
         _sentinel=sentinel if kind == "sentinel" else ("", ""),
     )
