@@ -19,6 +19,7 @@ from knell.settings import Rules
 from knell.stores.redis import RedisStore
 from knell.stores.redis_link import script
 from knell.tokens import TokenRef
+from tests.contract.making import noted
 from tests.deployment import until
 from tests.redis_servers import Sentinels, ask, replicate
 from tests.servers import RedisServer, start_redis
@@ -56,7 +57,7 @@ def open_at(url: str, namespace: str = "knell") -> RedisStore:
 def revoke(store: RedisStore, sid: str) -> bool:
     """Revoke a session under an id of its own; whether that was new."""
     made = make_revocation("session", {"sid": sid}, iss=ISS, now=time.time(), rules=store.rules, id=f"r-{sid}")
-    return store.revoke(made, batch_id=batch_id_of_revocation(made.id), jws="a.b.c").created
+    return store.revoke(made, batch_id=batch_id_of_revocation(made.id), jws="a.b.c", audit=noted(made)).created
 
 
 def revoked(store: RedisStore) -> set[str]:

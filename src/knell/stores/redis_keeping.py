@@ -28,7 +28,7 @@ class RedisDedupe(RedisPart):
 
     def begin(self, service: str, batch_id: str, *, holder: str, lease_seconds: float) -> Begun:
         granted, done, parked, abandoned = self._call_feed(
-            "begin", self._now, self._dedupe_seconds, f"{service}:{batch_id}", holder, repr(float(lease_seconds))
+            "begin", self._now, self._dedupe_seconds, service, batch_id, holder, repr(float(lease_seconds))
         )
         return Begun(bool(granted), read_bitmap(done), read_bitmap(parked), abandoned.decode() or None)
 
@@ -44,7 +44,7 @@ class RedisDedupe(RedisPart):
         lease_seconds: float,
     ) -> bool:
         held = self._call_feed(
-            "mark", self._now, self._dedupe_seconds, f"{service}:{batch_id}", holder, repr(float(lease_seconds)),
+            "mark", self._now, self._dedupe_seconds, service, batch_id, holder, repr(float(lease_seconds)),
             pack_bitmap(done), pack_bitmap(parked), pack_bitmap(unparked),
         )  # fmt: skip
         return bool(held)

@@ -59,7 +59,7 @@ _PRELUDES = {
     "park": ("parked",),
     "list_parked": ("parked",),
     "unpark": ("parked",),
-    "prune_kept": ("parked",),
+    "prune_kept": ("parked", "dedupe"),
 }
 
 # Scripts whose answer tells what this very run did. It is kept for a while: the same call, sent again because its first

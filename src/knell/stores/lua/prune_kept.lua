@@ -1,10 +1,12 @@
 -- Removes dedupe records, parked and audit entries past their time. ARGV: now, retention of parked entries (s), at most,
 -- retention of audit entries (s).
 local now = clock(ARGV[1])
-local records = redis.call('ZRANGEBYSCORE', tag .. ':kx', '-inf', text(now), 'LIMIT', 0, ARGV[3])
-for _, name in ipairs(records) do
-  redis.call('DEL', tag .. ':k:' .. name)
-  redis.call('ZREM', tag .. ':kx', name)
+local most, records = tonumber(ARGV[3]), 0
+for _, service in ipairs(redis.call('SMEMBERS', tag .. ':ks')) do
+  records = records + remove_old(service, now, most - records)
+  if redis.call('EXISTS', tag .. ':kx:' .. service) == 0 then
+    redis.call('SREM', tag .. ':ks', service)
+  end
 end
 local before = text(now - tonumber(ARGV[2]))
 local removed = 0
@@ -16,4 +18,4 @@ for _, id in ipairs(notes) do
   redis.call('HDEL', tag .. ':ae', id)
   redis.call('ZREM', tag .. ':ai', id)
 end
-return {#records, removed, #notes}
+return {records, removed, #notes}
