@@ -64,17 +64,18 @@ _PRELUDES = {
 
 # Scripts whose answer tells what this very run did. It is kept for a while: the same call, sent again because its first
 # answer was lost, is then answered as it was.
-_ANSWERED_ONCE = frozenset(
+SCRIPTS_ANSWERED_ONCE = frozenset(
     {"revoke", "undo", "claim", "begin", "add_service", "remove_service", "unpark", "drop", "prune_feed", "prune_kept"}
 )
 
 # Scripts that only read: the server holds them to that.
-_READS = frozenset(
+READING_SCRIPTS = frozenset(
     {
         "session", "live_in_session", "refusals", "revocation", "due", "waiting", "services", "outdated", "list_parked",
         "list_audit",
     }
 )  # fmt: skip
+WRITING_SCRIPTS = frozenset(_PRELUDES) - READING_SCRIPTS
 
 T = TypeVar("T")
 
@@ -90,7 +91,7 @@ def _sources() -> Mapping[str, tuple[str, str]]:
     found = {}
     for name, preludes in _PRELUDES.items():
         own = read(name)
-        if name in _ANSWERED_ONCE:
+        if name in SCRIPTS_ANSWERED_ONCE:
             own = f"local function run()\n{own}end\n{read('once')}"
         text = "\n".join([*(read(part) for part in ("common", *preludes)), own])
         found[name] = (hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest(), text)
@@ -99,8 +100,8 @@ def _sources() -> Mapping[str, tuple[str, str]]:
 
 def script(name: str, tag: str, *arguments: Argument) -> Command:
     """The command that runs a script in the slot of `tag`. Make one for each call: sent again, it is that same call."""
-    keys = (tag, f"{tag}:a:{secrets.token_hex(8)}") if name in _ANSWERED_ONCE else (tag,)
-    return ("EVALSHA_RO" if name in _READS else "EVALSHA", _sources()[name][0], len(keys), *keys, *arguments)
+    keys = (tag, f"{tag}:a:{secrets.token_hex(8)}") if name in SCRIPTS_ANSWERED_ONCE else (tag,)
+    return ("EVALSHA_RO" if name in READING_SCRIPTS else "EVALSHA", _sources()[name][0], len(keys), *keys, *arguments)
 
 
 class Link:
