@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from knell import logs
-from knell.cli import doctor, imports, keys, parked, revocations, services, topology
+from knell.cli import doctor, imports, keys, parked, revocations, services, store, topology
 from knell.cli.output import Exit, Output, exit_code, output_of
 from knell.errors import KnellError
 
@@ -110,6 +110,7 @@ def root(
 
 app.command(name="doctor", short_help="Check the whole deployment, and say what to do.")(doctor.doctor)
 app.add_typer(topology.app, name="topology")
+app.add_typer(store.app, name="store")
 app.add_typer(services.app, name="services")
 app.command(name="revoke", short_help="Revoke a token, a session, or all sessions of one kind.")(revocations.revoke)
 app.command(name="undo", short_help="Take a revocation back.")(revocations.undo)
