@@ -40,6 +40,14 @@ def sentinels(tmp_path: Path) -> Iterator[Sentinels]:
 
 
 @pytest.fixture(scope="module")
+def lasting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sentinels]:
+    """Sentinels for the tests that leave everything as it was."""
+    made = Sentinels(tmp_path_factory.mktemp("sentinels"))
+    yield made
+    made.stop()
+
+
+@pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RedisServer, RedisServer]]:
     """A primary and its replica."""
     directory = tmp_path_factory.mktemp("pair")
@@ -151,35 +159,35 @@ def test_a_primary_that_sentinels_have_given_up_is_left(sentinels: Sentinels) ->
         each.close()
 
 
-def test_sentinels_that_do_not_answer_are_passed_over(sentinels: Sentinels, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sentinels_that_do_not_answer_are_passed_over(lasting: Sentinels, monkeypatch: pytest.MonkeyPatch) -> None:
     """A frozen sentinel costs a call a part of its time; without any, the primary that is known is used on."""
-    sentinels.suspend_sentinel(0)
-    store = open_at(sentinels.url)
+    lasting.suspend_sentinel(0)
+    store = open_at(lasting.url)
     began = time.monotonic()
     assert revoke(store, "s1")
     assert time.monotonic() - began < BOUND_SECONDS
     for n in (1, 2):
-        sentinels.suspend_sentinel(n)
+        lasting.suspend_sentinel(n)
     assert revoke(store, "s2")
     assert store.head().position == 2
-    fresh = open_at(sentinels.url)
+    fresh = open_at(lasting.url)
     with pytest.raises(StoreUnavailable, match="do not say where the primary is"):
         fresh.head()
     for n in range(3):
-        sentinels.resume_sentinel(n)
+        lasting.resume_sentinel(n)
     # One that a sentinel names, and that is no primary, is not written to, nor read.
-    monkeypatch.setattr(fresh._link._servers, "_ask", lambda: ("127.0.0.1", sentinels.replica.port))
+    monkeypatch.setattr(fresh._link._servers, "_ask", lambda: ("127.0.0.1", lasting.replica.port))
     with pytest.raises(StoreUnavailable, match="it is a b'replica'"):
         fresh.time()
     for each in (store, fresh):
         each.close()
 
 
-def test_what_sentinels_refuse_is_told_without_secrets(sentinels: Sentinels) -> None:
+def test_what_sentinels_refuse_is_told_without_secrets(lasting: Sentinels) -> None:
     """A wrong password, and a name that no sentinel knows, are StoreUnavailable and say which it is."""
     for url, text in (
-        (sentinels.url.replace("s%25t", "wr0ng"), "AuthenticationError"),
-        (sentinels.url.replace("mymaster", "other"), "knows a primary called 'other'"),
+        (lasting.url.replace("s%25t", "wr0ng"), "AuthenticationError"),
+        (lasting.url.replace("mymaster", "other"), "knows a primary called 'other'"),
     ):
         store = open_at(url)
         with pytest.raises(StoreUnavailable, match=text) as caught:

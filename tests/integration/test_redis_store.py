@@ -606,6 +606,20 @@ def test_a_prune_that_is_sent_again_counts_what_the_first_removed(
     assert set(pruned.missed) == {"shop"}
 
 
+def test_a_store_that_nobody_prunes_does_not_grow(redis_url: str, open_on: Callable[..., RedisStore]) -> None:
+    """A service's own dedupe store has no notifier: its old records go while it begins new batches."""
+    moment = [1_900_000_000.0]
+    store = open_on(redis_url, namespace=f"t{uuid4().hex}", clock=lambda: moment[0])
+    for n in range(10):
+        store.begin("shop", f"e0-{n}", holder="me", lease_seconds=5)
+    store.begin("partner", "e0-0", holder="me", lease_seconds=5)
+    moment[0] += Rules().retention_seconds + 2 * 86_400
+    for n in range(10, 14):
+        store.begin("shop", f"e0-{n}", holder="me", lease_seconds=5)
+    # What is left to the notifier: nothing of the shop's, and the partner's, which has begun nothing since.
+    assert store.prune().dedupe == 1
+
+
 def test_what_keeps_answers_goes_by_itself(server: RedisServer, own: RedisStore) -> None:
     """An answer is kept for seconds, and nothing else has a time to live."""
     own.add_service("shop")
