@@ -28,7 +28,7 @@ IN_ONE_PARTITION = {
     "test_a_large_second_is_claimed_in_pages", "test_many_session_entries_may_move_at_once",
     "test_a_record_with_much_text_is_whole", "test_started_is_told_where_it_is_known",
     "test_receipts_of_several_services_at_the_same_time_add_up", "test_a_count_stops_when_it_is_enough",
-    "test_what_a_revocation_would_end_is_counted",
+    "test_what_a_revocation_would_end_is_counted", "test_a_session_s_own_end_says_what_it_may_be_revoked_by",
 }  # fmt: skip
 
 

@@ -170,7 +170,7 @@ FORBIDDEN = {
     ],
     "issuer": [
         "HSET F:s x 1", "HDEL F:s shop", "SADD F:gone shop", "HGETALL F:k:shop:x", "HGETALL F:pd", "HGETALL F:pj",
-        "HSET F:le sweep x", "XTRIM F:f MAXLEN 0", "XRANGE F:f - +", "DEL F:f", "DEL F:m", "DEL F:n:x", "LPOP P:l:1",
+        "HSET F:le sweep x", "XTRIM F:f MAXLEN 0", "XRANGE F:f - +", "DEL F:f", "DEL F:m", "LPOP P:l:1",
         "HSET P:n:x b y", "ZADD P:o 0 x", "HGET F:ae x", "HDEL F:ae x", "ZREM F:ai x", "KEYS *", "SCAN 0", "FLUSHALL",
         "CONFIG GET *", "MONITOR", "EVAL return 0", "DUMP P:t:1",
     ],

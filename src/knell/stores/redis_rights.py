@@ -35,9 +35,9 @@ RIGHTS: Mapping[str, tuple[str, ...]] = {
         "F:ai zadd",
     ),
     "undo": (
-        "F:m hget hset hincrby", "F:n:* hget hset hkeys hdel", "F:v hget hdel", "F:s hkeys", "F:p zrem", "F:x zrem",
-        "F:y:* zrem", "F:cn hincrby hdel", "F:f xadd", "F:c zadd", "F:o zadd zrem", "F:b incrby decrby", "F:ae hset",
-        "F:ai zadd",
+        "F:m hget hset hincrby", "F:n:* hget hmget hset hkeys hdel del", "F:v hget hdel", "F:s hkeys hexists",
+        "F:p zrem", "F:x zrem", "F:y:* zrem", "F:cn hincrby hdel", "F:f xadd", "F:c zadd zrem", "F:o zscore zadd zrem",
+        "F:b incrby decrby", "F:ms hget hset", "F:ae hset", "F:ai zadd",
     ),
     "note": ("F:ae hset", "F:ai zadd"),
     "list_audit": ("F:ae hget", "F:ai zrevrangebyscore"),
