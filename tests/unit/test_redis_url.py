@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from knell.errors import InvalidSettings
-from knell.settings import check_store_url
+from knell.handlers.redis import RedisSessions
+from knell.settings import Rules, check_store_url
 from knell.stores.redis_url import DEFAULT_WAIT_MS, parse_redis_url
 
 
@@ -98,3 +99,11 @@ def test_what_is_parsed_does_not_show_secrets() -> None:
     """It may be logged."""
     parsed = parse_redis_url("X", "redis+sentinel://u:hunter2@s1/m?sentinel_password=hunter2&password=hunter2")
     assert "hunter2" not in repr(parsed)
+
+
+def test_sessions_are_kept_on_one_server() -> None:
+    """The ready-made sessions follow no sentinels, and say what to do; what is for the store alone is left out."""
+    for url in ("redis+sentinel://h/m", "redis+cluster://h"):
+        with pytest.raises(InvalidSettings, match="give RedisSessions a client"):
+            RedisSessions(url, prefix="t:shop", rules=Rules())
+    RedisSessions("redis://h?min_replicas=1&wait_ms=50", prefix="t:shop", rules=Rules()).close()

@@ -12,12 +12,13 @@ from redis.backoff import ConstantBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
-from knell.errors import KeptOut, StoreUnavailable
+from knell.errors import InvalidSettings, KeptOut, StoreUnavailable
 from knell.handlers.held import Held, check_session_id, in_pages, lives_until, written
 from knell.handlers.tombstones import buried_under, kept_until, names_in, names_of, of_revocation, that_keeps_out
 from knell.handlers.tombstones import written as written_notice
 from knell.notices import Notice
-from knell.settings import Rules, check_store_url
+from knell.settings import Rules
+from knell.stores.redis_url import parse_redis_url
 from knell.tokens import TokenRef
 
 # redis-py waits 5 s and tries ten times by default: too long for a request.
@@ -224,9 +225,14 @@ class RedisSessions:
 
 
 def _client(url: str) -> redis.Redis:
-    check_store_url("the URL of the sessions", url)
+    parsed = parse_redis_url("the URL of the sessions", url)
+    if parsed.kind != "one":
+        raise InvalidSettings(
+            "the URL of the sessions is of sentinels or a cluster: name one Redis, or give RedisSessions a client of "
+            "redis-py, such as Sentinel(...).master_for(...)"
+        )
     return redis.Redis.from_url(
-        url,
+        parsed.server(*parsed.hosts[0] if parsed.hosts else ()),
         decode_responses=True,
         socket_timeout=TIMEOUT_SECONDS,
         socket_connect_timeout=TIMEOUT_SECONDS,
