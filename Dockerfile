@@ -6,7 +6,7 @@ COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY src src
 RUN pip wheel --quiet --no-deps --wheel-dir wheels . \
  && python -m venv /opt/knell \
- && /opt/knell/bin/pip install --quiet --no-cache-dir -c constraints.txt "$(ls wheels/knell-*.whl)[services,flower]" \
+ && /opt/knell/bin/pip install --quiet --no-cache-dir -c constraints.txt "$(ls wheels/knell-*.whl)[services,flower,postgresql]" \
  && /opt/knell/bin/pip uninstall --quiet --yes pip
 
 FROM python:3.13-slim

@@ -73,4 +73,4 @@ echo "installing what pyproject.toml names into .venv"
 # Dependency groups need pip 25.1, and Debian 12 has 23.0.
 pip install 'pip>=25.1'
 # shellcheck disable=SC2086 # the options are separate words
-pip install $versions -e '.[services,flower,simplejwt,fastapi-users,flask-jwt-extended]' --group dev
+pip install $versions -e '.[services,flower,postgresql,simplejwt,fastapi-users,flask-jwt-extended]' --group dev

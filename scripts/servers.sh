@@ -4,7 +4,7 @@
 #   scripts/servers.sh           print where they are; install what is missing (root with apt-get only)
 #   scripts/servers.sh --check   print where they are; install nothing
 #
-# Exits 0 when both were found, 1 otherwise, with the command to run. Nothing is started on a default port.
+# Exits 0 when all were found, 1 otherwise, with the command to run. Nothing is started on a default port.
 set -eu
 
 # What Debian asks before it starts a daemon; another path is for tests.
@@ -13,7 +13,7 @@ saved=
 
 find_one() {
     for name in "$@"; do
-        for folder in /usr/lib/rabbitmq/bin $(printf '%s' "$PATH" | tr ':' ' '); do
+        for folder in /usr/lib/rabbitmq/bin /usr/lib/postgresql/*/bin $(printf '%s' "$PATH" | tr ':' ' '); do
             if [ -x "$folder/$name" ]; then
                 printf '%s\n' "$folder/$name"
                 return 0
@@ -26,6 +26,7 @@ find_one() {
 missing_packages() {
     find_one rabbitmq-server >/dev/null || printf 'rabbitmq-server '
     find_one redis-server valkey-server >/dev/null || printf 'redis-server '
+    find_one postgres >/dev/null || printf 'postgresql '
 }
 
 restore_policy() {
@@ -78,14 +79,15 @@ if [ -n "$missing" ]; then
     if command -v apt-get >/dev/null; then
         echo "run: sudo apt-get install --no-install-recommends $missing" >&2
     elif command -v dnf >/dev/null; then
-        echo "run: sudo dnf install rabbitmq-server valkey" >&2
+        echo "run: sudo dnf install rabbitmq-server valkey postgresql-server" >&2
     elif command -v brew >/dev/null; then
-        echo "run: brew install rabbitmq redis" >&2
+        echo "run: brew install rabbitmq redis postgresql" >&2
     else
-        echo "install RabbitMQ 3.10 or newer and Redis 7 (or Valkey) and put their programs on PATH" >&2
+        echo "install RabbitMQ 3.10, Redis 7 (or Valkey) and PostgreSQL 15, or newer, and put their programs on PATH" >&2
     fi
     exit 1
 fi
 
 find_one rabbitmq-server
 find_one redis-server valkey-server
+find_one postgres

@@ -12,7 +12,16 @@ from uuid import uuid4
 import pytest
 
 from knell.settings import Settings
-from tests.servers import RabbitServer, RedisServer, ServerMissing, start_rabbitmq, start_redis
+from tests.schemas import Schemas
+from tests.servers import (
+    PostgresServer,
+    RabbitServer,
+    RedisServer,
+    ServerMissing,
+    start_postgresql,
+    start_rabbitmq,
+    start_redis,
+)
 
 _databases = itertools.cycle(range(1, 64))
 _missing: set[str] = set()
@@ -24,6 +33,22 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
     server = start_redis(tmp_path_factory.mktemp("redis"))
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def postgresql_server() -> Iterator[PostgresServer]:
+    """A private PostgreSQL for the whole run. Tests that kill it start one of their own."""
+    server = start_postgresql(extra=["-c", "deadlock_timeout=100ms"])
+    yield server
+    server.remove()
+
+
+@pytest.fixture(scope="session")
+def schemas(postgresql_server: PostgresServer) -> Iterator[Schemas]:
+    """Places for stores on PostgreSQL."""
+    made = Schemas(postgresql_server.url)
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Private Redis and RabbitMQ servers for tests: loopback only, free ports, own data, stopped by their own pid."""
+"""Private servers for tests: loopback only, free ports, own data, stopped by their own pid."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -57,8 +58,16 @@ def find_program(*names: str, also: Sequence[Path] = ()) -> Path:
 class Process:
     """A child with a process group of its own, which can be stopped, killed, suspended and started again."""
 
-    def __init__(self, command: Sequence[str], *, directory: Path, environ: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        directory: Path,
+        environ: Mapping[str, str] | None = None,
+        user: str | None = None,
+    ) -> None:
         self._command = list(command)
+        self._user = user
         self._directory = directory
         self._environ = dict(os.environ if environ is None else environ)
         self._child: subprocess.Popen[bytes] | None = None
@@ -75,7 +84,7 @@ class Process:
         with self.log.open("ab") as output:
             self._child = subprocess.Popen(
                 self._command, cwd=self._directory, env=self._environ, stdin=subprocess.DEVNULL,
-                stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                stdout=output, stderr=subprocess.STDOUT, start_new_session=True, user=self._user,
             )  # fmt: skip
         atexit.register(self.signal, signal.SIGKILL)
         deadline = time.monotonic() + timeout_seconds
@@ -283,6 +292,127 @@ class RabbitServer:
         except (OSError, urllib.error.URLError):
             return False
         return True
+
+
+class PostgresServer:
+    """A private PostgreSQL. It refuses to run as root, so for root it runs as another user, in a folder of that user's.
+
+    Attributes:
+        port: where it listens, on 127.0.0.1; the same after each start.
+        url: the URL of its database "postgres", as its superuser "admin".
+        data: its data folder.
+    """
+
+    password = "p@ss/word"
+
+    def __init__(self, *, copy_of: PostgresServer | None = None, extra: Sequence[str] = ()) -> None:
+        self.port = free_port()
+        self.url = self.url_of("admin", self.password)
+        program = self._program("postgres")
+        self._user = "postgres" if os.getuid() == 0 else None
+        # Not under pytest's folders: those are root's alone.
+        self._directory = Path(tempfile.mkdtemp(prefix="knell-postgresql-"))
+        self.data = self._directory / "data"
+        if self._user is not None:
+            shutil.chown(self._directory, self._user, self._user)
+        if copy_of is None:
+            self._initdb()
+        else:
+            self._run("pg_basebackup", "-d", copy_of.url, "-D", str(self.data), "-R", "-c", "fast", "--no-sync")
+        # Durable against the end of its processes, which is what tests bring about; not against a loss of power.
+        self._process = Process(
+            [str(program), "-D", str(self.data), "-p", str(self.port), "-c", "fsync=off",
+             "-c", "listen_addresses=127.0.0.1", "-c", f"unix_socket_directories={self._directory}",
+             "-c", "max_connections=60", "-c", "shared_buffers=32MB", "-c", "autovacuum=off", *extra],
+            directory=self._directory, user=self._user,
+        )  # fmt: skip
+
+    def start(self) -> None:
+        """Start it, or start it again on the same port and data; returns when it takes connections."""
+        deadline = time.monotonic() + STOP_SECONDS
+        while True:
+            try:
+                return self._process.run(self._answers)
+            except ServerFailed as error:
+                # After a kill its children need a moment to notice, and hold the shared memory until then.
+                if "still in use" not in str(error) or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.1)
+
+    def stop(self) -> None:
+        """End it in good order, whoever is connected."""
+        self._process.signal(signal.SIGINT)
+        self._process.stop()
+
+    def kill(self) -> None:
+        """End it with SIGKILL."""
+        self._process.signal(signal.SIGKILL)
+
+    def promote(self) -> None:
+        """Make a standby a primary."""
+        self._run("pg_ctl", "promote", "-w", "-D", str(self.data))
+
+    def remove(self) -> None:
+        """Stop it, and remove its data."""
+        self.stop()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def url_of(self, user: str, password: str) -> str:
+        """The URL of its database, for another role."""
+        return f"postgresql://{user}:{quote(password, safe='')}@127.0.0.1:{self.port}/postgres"
+
+    def sql(self, *statements: str) -> list[tuple[Any, ...]]:
+        """Run statements as its superuser; the rows of the last one, if it has any."""
+        import psycopg
+
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            for statement in statements:
+                cursor = connection.execute(statement)
+            return cursor.fetchall() if cursor.description else []
+
+    def _initdb(self) -> None:
+        secret = self._directory / "password"
+        secret.write_text(self.password)
+        # A locale that does not sort by bytes: what Knell pages through has to be in that order all the same.
+        self._run("initdb", "-D", str(self.data), "-U", "admin", "--pwfile", str(secret), "--auth=scram-sha-256",
+                  "--encoding=UTF8", "--locale=C.UTF-8", "--locale-provider=icu", "--icu-locale=en-US",
+                  "--no-sync", "--no-instructions")  # fmt: skip
+
+    def _run(self, name: str, *arguments: str) -> None:
+        done = subprocess.run(
+            [str(self._program(name)), *arguments], cwd=self._directory, user=self._user, timeout=BOOT_SECONDS,
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            raise ServerFailed(f"{name} failed:\n{done.stdout[-1000:]}{done.stderr[-1000:]}")
+
+    def _program(self, name: str) -> Path:
+        return find_program(name, also=sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True))
+
+    def _answers(self) -> bool:
+        import psycopg
+
+        try:
+            psycopg.connect(self.url, connect_timeout=2).close()
+        except psycopg.OperationalError:
+            return False
+        return True
+
+
+def start_postgresql(*, copy_of: PostgresServer | None = None, extra: Sequence[str] = ()) -> PostgresServer:
+    """Start a private PostgreSQL, or a standby of another one. `extra` are more arguments for postgres.
+
+    Raises:
+        ServerMissing: it is not installed.
+        ServerFailed: it did not start.
+    """
+    server = PostgresServer(copy_of=copy_of, extra=extra)
+    try:
+        server.start()
+    except ServerFailed:
+        server.remove()
+        raise
+    return server
 
 
 def start_redis(directory: Path, *, extra: Sequence[str] = ()) -> RedisServer:

@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from knell.errors import InvalidSettings
+from knell.postgresql_url import read_postgresql_url
 
 EMBEDDED_BROKER = "knell+sqlite"
 # RabbitMQ's delay ladder has 28 levels: 2**28 s and more come out at a wrong time.
@@ -19,6 +20,10 @@ LONGEST_TIMER_SECONDS = 2.0**28 - 1
 _TOO_MUCH = 2.0**53
 # In their URLs the path is what counts.
 _OF_FILES = ("unix", "sqlite", EMBEDDED_BROKER)
+# What a store's URL may begin with, as an error says it.
+STORE_SCHEMES = (
+    "redis://, rediss://, redis+sentinel://, redis+cluster://, unix:///path, postgresql:// or sqlite:///path"
+)
 _OF_BROKERS = ("amqp", "amqps", "pyamqp", EMBEDDED_BROKER)
 REDIS_SCHEMES = (
     "redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster",
@@ -87,8 +92,9 @@ class Settings:
             `knell+sqlite:///path`, the embedded broker. KNELL_BROKER_URL, default the embedded one under `home`.
         broker_api_url: RabbitMQ's management API, with credentials; used by `knell topology apply` and `doctor`.
             KNELL_BROKER_API_URL.
-        store_url: `redis://`, `rediss://`, either with `+sentinel` or `+cluster`, `unix:///path` or `sqlite:///path`;
-            docs/settings.md has examples. KNELL_STORE_URL, default SQLite under `home`.
+        store_url: `redis://`, `rediss://`, either with `+sentinel` or `+cluster`, `unix:///path`,
+            `postgresql://` or `sqlite:///path`; docs/settings.md has examples. KNELL_STORE_URL, default SQLite under
+            `home`.
         dedupe_url: where a service keeps what it has handled. KNELL_DEDUPE_URL, default the store's URL.
         trust: path of the trust list (a JWK Set whose keys also have `iss` and `causes`). KNELL_TRUST.
         notice_key: path of the PEM private key that signs notices. KNELL_NOTICE_KEY.
@@ -224,7 +230,8 @@ def check_store_url(name: str, url: str) -> None:
 
     Args:
         name: what the text calls it, such as "KNELL_STORE_URL".
-        url: `redis://`, `rediss://`, either with `+sentinel` or `+cluster`, `unix:///path` or `sqlite:///path`.
+        url: `redis://`, `rediss://`, either with `+sentinel` or `+cluster`, `unix:///path`,
+            `postgresql://` or `sqlite:///path`.
 
     Raises:
         InvalidSettings: another scheme, no path, an unknown option, a value that cannot be read. Nothing is contacted.
@@ -235,15 +242,15 @@ def check_store_url(name: str, url: str) -> None:
 
         parse_redis_url(name, url)
         return
+    if scheme == "postgresql":
+        read_postgresql_url(name, url)
+        return
     check_url(name, url)
     scheme = urlsplit(url).scheme
     if scheme == "sqlite":
         _check_file_url(name, url, scheme)
     else:
-        raise InvalidSettings(
-            f"{name} has scheme {scheme!r}; use redis://, rediss://, redis+sentinel://, redis+cluster://, "
-            "unix:///path or sqlite:///path"
-        )
+        raise InvalidSettings(f"{name} has scheme {scheme!r}; use {STORE_SCHEMES}")
 
 
 def _check_broker_url(url: str) -> None:

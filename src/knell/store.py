@@ -16,7 +16,7 @@ from uuid6 import uuid7
 from knell.errors import InvalidSettings
 from knell.notices import Receipt
 from knell.revocations import InitiatingEntity, Revocation
-from knell.settings import REDIS_SCHEMES, Rules
+from knell.settings import REDIS_SCHEMES, STORE_SCHEMES, Rules
 from knell.tokens import TokenRef
 
 # A publisher that got "must arm" has this long to have the timer confirmed before another caller is told the same.
@@ -665,11 +665,8 @@ def open_store(
         from knell.stores.redis import RedisStore
 
         return RedisStore(url, namespace=namespace, rules=rules, partitions=partitions, clock=clock)
-    if scheme == "sqlite":
+    if scheme in ("postgresql", "sqlite"):
         from knell.stores.sql import SqlStore
 
         return SqlStore(url, namespace=namespace, rules=rules, clock=clock)
-    raise InvalidSettings(
-        f"KNELL_STORE_URL has scheme {scheme!r}; use redis://, rediss://, redis+sentinel://, redis+cluster://, unix:// "
-        "or sqlite:///"
-    )
+    raise InvalidSettings(f"KNELL_STORE_URL has scheme {scheme!r}; use {STORE_SCHEMES}")

@@ -15,6 +15,7 @@ from knell.store import Store, open_store
 from tests.contract.by_role import ByRole
 from tests.contract.making import Clock
 from tests.redis_servers import Cluster
+from tests.schemas import Schemas
 
 # On a cluster: with most namespaces these lie on all three nodes.
 PARTITIONS = 3
@@ -36,9 +37,15 @@ class MakeStore(Protocol):
     def __call__(self, *, rules: Rules | None = None, namespace: str | None = None) -> Store: ...
 
 
-@pytest.fixture(
-    params=["sqlite", pytest.param("redis", marks=pytest.mark.redis), pytest.param("cluster", marks=pytest.mark.redis)]
-)
+KINDS = {
+    "sqlite": [],
+    "redis": [pytest.mark.redis],
+    "cluster": [pytest.mark.redis],
+    "postgresql": [pytest.mark.postgresql],
+}
+
+
+@pytest.fixture(params=[pytest.param(kind, marks=marks) for kind, marks in KINDS.items()])
 def kind(request: pytest.FixtureRequest) -> str:
     """Which implementation a test runs over."""
     return str(request.param)
@@ -52,6 +59,8 @@ def store_url(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if kind == "cluster":
         cluster: Cluster = request.getfixturevalue("cluster")
         return cluster.url
+    if kind == "postgresql":
+        return str(request.getfixturevalue("schemas").url)
     return str(request.getfixturevalue("redis_url"))
 
 
@@ -61,6 +70,25 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     cluster = Cluster(tmp_path_factory.mktemp("cluster"))
     yield cluster
     cluster.stop()
+
+
+@pytest.fixture
+def ready(kind: str, request: pytest.FixtureRequest) -> Iterator[Callable[[str], object]]:
+    """Makes a namespace ready to be used: on PostgreSQL, migrations do that, and no store by itself."""
+    if kind != "postgresql":
+        yield lambda namespace: None
+        return
+    schemas: Schemas = request.getfixturevalue("schemas")
+    mine = set[str]()
+
+    def lend(namespace: str) -> None:
+        if namespace not in mine:
+            schemas.lend(namespace)
+            mine.add(namespace)
+
+    yield lend
+    for namespace in mine:
+        schemas.take_back(namespace)
 
 
 @pytest.fixture
@@ -92,7 +120,12 @@ def partitions(kind: str, request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture
 def make_store(
-    kind: str, partitions: int, store_url: str, open_at: Callable[..., Store], request: pytest.FixtureRequest
+    kind: str,
+    partitions: int,
+    store_url: str,
+    ready: Callable[[str], object],
+    open_at: Callable[..., Store],
+    request: pytest.FixtureRequest,
 ) -> MakeStore:
     """Opens one more store object on the same data, as another process would.
 
@@ -102,6 +135,7 @@ def make_store(
 
     def make(*, rules: Rules | None = None, namespace: str | None = None) -> Store:
         name = namespace or fresh
+        ready(name)
         if kind != "cluster":
             return open_at(store_url, namespace=name, rules=rules)
         settings = Settings(namespace=name, store_url=store_url, partitions=partitions)

@@ -16,6 +16,7 @@ from knell.settings import Rules
 from knell.store import Claim, Store, open_store
 from knell.tokens import TokenRef
 from tests.contract.making import BOTH, ISS, TOKEN, Clock, record, revocation
+from tests.schemas import Schemas
 
 SIDS = {"s1": "alice", "s2": None, None: "alice"}  # and whose they are
 # Tokens and revocations by few names, so that they meet; in each second there are often several.
@@ -37,6 +38,7 @@ class Alike(RuleBasedStateMachine):
     """Every rule makes the same call on each store, and the answers are the same."""
 
     urls: tuple[str, ...] = ()
+    ready: Callable[[str], object] = staticmethod(lambda namespace: None)
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,6 +49,7 @@ class Alike(RuleBasedStateMachine):
     @initialize(grace=st.sampled_from([0.0, 0.0, 7.5]))
     def open(self, grace: float) -> None:
         fresh = f"a{uuid4().hex}"
+        self.ready(fresh)
         self.stores = [
             open_store(
                 url.replace("store.db", f"{fresh}.db"),
@@ -171,5 +174,20 @@ def _told(claim: Claim | None) -> object:
 def test_the_stores_answer_alike(redis_url: str, tmp_path: Path) -> None:
     """Whatever is called in whatever order: SQLite and Redis give the same answers."""
     machine = type("Both", (Alike,), {"urls": (f"sqlite:///{tmp_path / 'store.db'}", redis_url)})
-    profile = settings(max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
-    run_state_machine_as_test(machine, settings=profile)
+    _run(machine, max_examples=40)
+
+
+@pytest.mark.postgresql
+@pytest.mark.timeout(600)
+def test_the_sql_stores_answer_alike(schemas: Schemas, tmp_path: Path) -> None:
+    """Whatever is called in whatever order: SQLite and PostgreSQL give the same answers."""
+    urls = (f"sqlite:///{tmp_path / 'store.db'}", schemas.url)
+    machine = type("Both", (Alike,), {"urls": urls, "ready": staticmethod(schemas.lend_next())})
+    _run(machine, max_examples=4)
+
+
+def _run(machine: type[Alike], *, max_examples: int) -> None:
+    how = settings(
+        max_examples=max_examples, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    )
+    run_state_machine_as_test(machine, settings=how)

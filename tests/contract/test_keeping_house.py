@@ -27,6 +27,14 @@ def test_parked_entries_come_back_whole(store: Store) -> None:
     assert store.parked() == [notice, message]
 
 
+def test_an_error_is_kept_whatever_it_says(store: Store) -> None:
+    """Others wrote it; a NUL, which PostgreSQL has not, may have become another character."""
+    store.park([parked("p1", error="a\0b\u2028'"), parked("p2")])
+    first, second = store.parked()
+    assert first.error.replace("\0", "\ufffd") == "a\ufffdb\u2028'"
+    assert second.error == "no"
+
+
 def test_parked_entries_are_paged_by_id(store: Store) -> None:
     """Pages are in the order of the ids, of one service or of all."""
     store.park([parked(f"shop/{n:03}") for n in reversed(range(25))])

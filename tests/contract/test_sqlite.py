@@ -75,6 +75,19 @@ def test_a_newer_schema_is_refused(open_file: Callable[[], Store], path: Path) -
         open_file()
 
 
+def test_a_file_of_an_older_knell_gets_what_it_lacks(open_file: Callable[[], Store], path: Path) -> None:
+    """Tables that came later are made beside the old ones, which stay as they are."""
+    store = open_file()
+    record(store, revocation("token", "t1"))
+    store.close()
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("DROP TABLE knell_audit")
+    store = open_file()
+    record(store, revocation("token", "t2"))
+    assert [change.position for change in store.snapshot()] == [1, 2]
+    assert len(store.audit()) == 1
+
+
 def test_a_closed_store_cannot_be_used(open_file: Callable[[], Store]) -> None:
     """After close every method says that the store was closed."""
     store = open_file()

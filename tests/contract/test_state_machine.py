@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from uuid import uuid4
 
@@ -41,6 +41,7 @@ class Callers(RuleBasedStateMachine):
     """
 
     url = ""
+    ready: Callable[[str], object] = staticmethod(lambda namespace: None)
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,6 +68,7 @@ class Callers(RuleBasedStateMachine):
         # A database of its own for each run: a SQLite file with the tables of hundreds of runs would be slow to open.
         fresh = f"m{uuid4().hex}"
         url = self.url.replace("store.db", f"{fresh}.db")
+        self.ready(fresh)
         self.store = open_store(url, namespace=fresh, rules=rules, clock=self.clock)
         self.store.add_service(SHOP)
 
@@ -319,17 +321,26 @@ def machine_url(kind: str, request: pytest.FixtureRequest) -> Iterator[str]:
     if kind == "redis":
         yield str(request.getfixturevalue("redis_url"))
         return
+    if kind == "postgresql":
+        yield str(request.getfixturevalue("schemas").url)
+        return
     with tempfile.TemporaryDirectory() as directory:
         yield f"sqlite:///{Path(directory) / 'store.db'}"
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("kind", ["sqlite", pytest.param("redis", marks=pytest.mark.redis)], indirect=True)
-def test_every_end_is_told_whatever_dies(machine_url: str, kind: str) -> None:
+@pytest.mark.parametrize(
+    "kind",
+    ["sqlite", *(pytest.param(kind, marks=getattr(pytest.mark, kind)) for kind in ("redis", "postgresql"))],
+    indirect=True,
+)
+def test_every_end_is_told_whatever_dies(machine_url: str, kind: str, request: pytest.FixtureRequest) -> None:
     """However calls and crashes interleave: all that ends is told, nothing early, no session twice in one life."""
     machine = type("Callers", (Callers,), {"url": machine_url})
+    if kind == "postgresql":
+        machine.ready = staticmethod(request.getfixturevalue("schemas").lend_next())  # type: ignore[attr-defined]
     profile = settings(
-        max_examples=120 if kind == "sqlite" else 200,
+        max_examples={"sqlite": 120, "redis": 200, "postgresql": 6}[kind],
         stateful_step_count=40,
         deadline=None,
         suppress_health_check=list(HealthCheck),

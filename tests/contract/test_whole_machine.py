@@ -43,6 +43,7 @@ from knell.settings import Rules
 from knell.store import Claim, Claimed, Detached, Store, Tracked, open_store
 from knell.tokens import TokenRef
 from tests.contract.making import ISS, Clock
+from tests.schemas import Schemas
 
 T = TypeVar("T")
 MakeStore = Callable[[Rules, Clock], Store]
@@ -629,6 +630,18 @@ def redis(url: str, partitions: int) -> MakeStore:
     return make
 
 
+def postgresql(schemas: Schemas) -> MakeStore:
+    """Opens a new store: in a schema that the one before it has had."""
+    ready = schemas.lend_next()
+
+    def make(rules: Rules, clock: Clock) -> Store:
+        namespace = f"w{uuid4().hex}"
+        ready(namespace)
+        return open_store(schemas.url, namespace=namespace, rules=rules, clock=clock)
+
+    return make
+
+
 def run(make_store: MakeStore, examples: int, *, start: int) -> None:
     """Run so many examples, the same ones each time, that begin at a number."""
     machine = seed(start)(type("Everything", (Machine,), {"make_store": staticmethod(make_store)}))
@@ -656,3 +669,10 @@ def test_every_end_is_told_once_and_in_time_whatever_fails_on_sqlite(sqlite: Mak
 def test_every_end_is_told_once_and_in_time_whatever_fails_on_redis(redis_url: str, partitions: int) -> None:
     """The same, in one slot of a Redis Cluster and in three."""
     run(redis(redis_url, partitions), 25, start=partitions)
+
+
+@pytest.mark.postgresql
+@pytest.mark.timeout(600)
+def test_every_end_is_told_once_and_in_time_whatever_fails_on_postgresql(schemas: Schemas) -> None:
+    """The same, where a commit is a round trip to a server."""
+    run(postgresql(schemas), 4, start=2)

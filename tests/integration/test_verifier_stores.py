@@ -19,18 +19,26 @@ from knell.settings import Settings
 from knell.store import Store, open_store
 from knell.verifier import TokenEnd, Verifier
 from tests.contract.making import noted
+from tests.schemas import Schemas
 
 ISS = "https://auth.example"
 KEY = SigningKey.generate()
 
 
-@pytest.fixture(params=["sqlite", pytest.param("redis", marks=pytest.mark.redis)])
+@pytest.fixture(
+    params=["sqlite", *(pytest.param(kind, marks=getattr(pytest.mark, kind)) for kind in ("redis", "postgresql"))]
+)
 def store_settings(
     request: pytest.FixtureRequest, settings: Callable[..., Settings], tmp_path: Path
 ) -> Callable[[], Settings]:
     """Settings whose store is of each kind, with a namespace of the test's own."""
-    url = f"sqlite:///{tmp_path / 'store.db'}" if request.param == "sqlite" else request.getfixturevalue("redis_url")
-    made = settings(store_url=url)
+    if request.param == "postgresql":
+        schemas: Schemas = request.getfixturevalue("schemas")
+        made = settings(store_url=schemas.url)
+        schemas.lend(made.namespace)
+    else:
+        file = f"sqlite:///{tmp_path / 'store.db'}"
+        made = settings(store_url=file if request.param == "sqlite" else request.getfixturevalue("redis_url"))
     return lambda: made
 
 

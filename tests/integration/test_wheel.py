@@ -76,14 +76,16 @@ def environ(home: Path) -> dict[str, str]:
 
 
 def test_what_the_wheel_has(wheel: Path) -> None:
-    """The library with its type marker and Lua scripts, and no top-level `tasks` or `services` of ours."""
+    """The library with its type marker, Lua scripts and migrations, and no top-level `tasks` or `services` of ours."""
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         metadata = archive.read(next(name for name in names if name.endswith(".dist-info/METADATA"))).decode()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"knell"}
     assert "knell/py.typed" in names
-    in_source = {path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src/knell").rglob("*.lua")}
-    assert in_source
+    package = ROOT / "src/knell"
+    others = [*package.rglob("*.lua"), *(package / "stores/migrations").rglob("*.py")]
+    in_source = {path.relative_to(ROOT / "src").as_posix() for path in others}
+    assert {Path(name).suffix for name in in_source} == {".lua", ".py"}
     assert in_source <= set(names)
     assert not [name for name in names if "__pycache__" in name or name.endswith((".db", ".pem"))]
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)

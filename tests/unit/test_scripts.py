@@ -20,7 +20,7 @@ echo "$DEBIAN_FRONTEND $*" >>"$STAGE/apt-get.log"
 "$KNELL_POLICY_RC_D" redis-server start; echo "$?" >"$STAGE/policy.log"
 [ "$APT_FAILS" = terminated ] && kill -TERM "$PPID"
 [ "$APT_FAILS" = yes ] && exit 100
-for name in redis-server rabbitmq-server; do cp "$STAGE/id" "$STAGE/bin/$name"; done
+for name in redis-server rabbitmq-server postgres; do cp "$STAGE/id" "$STAGE/bin/$name"; done
 """
 
 
@@ -78,7 +78,7 @@ def test_root_installs_what_is_missing_and_no_daemon_is_started(stage: Stage) ->
     assert "redis-server" in install
     assert stage.log("policy") == ["101"]
     assert not stage.policy.exists()
-    assert done.stdout.splitlines()[-1] == str(stage.bin / "redis-server")
+    assert str(stage.bin / "redis-server") in done.stdout.splitlines()
 
 
 @pytest.mark.parametrize("apt_fails", ["no", "yes", "terminated"])
@@ -132,7 +132,11 @@ def test_who_may_not_install_is_told_the_command(stage: Stage, uid: int, argumen
 
 @pytest.mark.parametrize(
     ("manager", "said"),
-    [("dnf", "sudo dnf install"), ("brew", "brew install"), (None, "install RabbitMQ 3.10 or newer and Redis 7")],
+    [
+        ("dnf", "sudo dnf install"),
+        ("brew", "brew install"),
+        (None, "install RabbitMQ 3.10, Redis 7 (or Valkey) and PostgreSQL 15"),
+    ],
 )
 def test_without_apt_the_command_is_that_of_another_manager(stage: Stage, manager: str | None, said: str) -> None:
     """Where there is no apt-get, root is told as well."""
@@ -145,11 +149,12 @@ def test_without_apt_the_command_is_that_of_another_manager(stage: Stage, manage
 
 
 def test_where_nothing_is_missing_nothing_is_done(stage: Stage) -> None:
-    """With both servers there, their paths are all that is said."""
-    for name in ("redis-server", "rabbitmq-server"):
+    """With all servers there, their paths are all that is said."""
+    for name in ("redis-server", "rabbitmq-server", "postgres"):
         stage.program(stage.bin / name, "#!/bin/sh\n")
     done = stage.run(uid=0)
     assert done.returncode == 0
-    rabbitmq, redis = map(Path, done.stdout.splitlines())
+    rabbitmq, redis, postgres = map(Path, done.stdout.splitlines())
     assert (rabbitmq.name, redis) == ("rabbitmq-server", stage.bin / "redis-server")
+    assert postgres.name == "postgres"
     assert stage.log("apt-get") == []

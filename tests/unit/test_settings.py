@@ -124,7 +124,7 @@ def test_what_cannot_be_used_is_named(variable: str, value: str) -> None:
         ("KNELL_STORE_URL", "sqlite:hunter2"),
         ("KNELL_STORE_URL", "sqlite:///"),
         ("KNELL_STORE_URL", "sqlite:///:memory:"),
-        ("KNELL_DEDUPE_URL", "postgresql://u:hunter2@h/db"),
+        ("KNELL_DEDUPE_URL", "postgresql://u:hunter2@h"),
         ("KNELL_DEDUPE_URL", "redis://:hunter2@h/0?bogus=1"),
     ],
 )

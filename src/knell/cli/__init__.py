@@ -23,7 +23,8 @@ server is needed, and everything is kept in files under .knell/.
   KNELL_BROKER_URL      amqp:// or amqps://, of Knell's own virtual host
   KNELL_BROKER_API_URL  RabbitMQ's management API, with an administrator's
                         credentials: for `topology apply` and `doctor`
-  KNELL_STORE_URL       redis://, rediss://, unix:///path or sqlite:///path
+  KNELL_STORE_URL       redis://, rediss://, unix:///path, postgresql://
+                        or sqlite:///path
   KNELL_NOTICE_KEY      the private key that signs notices: for `revoke`,
                         and for the notifier
   KNELL_TRUST           the trust list: whose notices count
@@ -119,6 +120,7 @@ app.add_typer(parked.app, name="parked")
 app.command(name="audit", short_help="Say who has revoked, undone and replayed what.")(revocations.audit)
 app.add_typer(keys.app, name="keys")
 app.add_typer(imports.app, name="import")
+app.add_typer(store.app, name="store")
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,26 +16,26 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 from knell.errors import InvalidSettings, StoreUnavailable
+from knell.postgresql_url import read_postgresql_url
 
-# How long a writer waits for the others, a caller for a connection, and a connection for its server.
+# How long a writer waits for the others, a caller for a connection, and a transaction for its server.
 BUSY_SECONDS = 5.0
-CONNECT_SECONDS = 2
 # A statement that takes longer is ended by PostgreSQL itself.
 STATEMENT_MILLISECONDS = 5000
 
 
 def open_engine(url: str) -> Engine:
     """An engine for `sqlite:///path` or `postgresql://...`; InvalidSettings for any other URL."""
+    if url.startswith(("postgresql:", "postgresql+psycopg:")):
+        return _postgresql(url.replace("+psycopg", "", 1))
     try:
         parsed = make_url(url)
         backend = parsed.get_backend_name()
     except (ArgumentError, NoSuchModuleError):
         backend = ""
-    if backend == "sqlite":
-        return _sqlite(parsed)
-    if backend != "postgresql":
+    if backend != "sqlite":
         raise InvalidSettings("the URL of the sessions is neither sqlite:///path nor postgresql://...")
-    return _postgresql(parsed)
+    return _sqlite(parsed)
 
 
 def _sqlite(url: URL) -> Engine:
@@ -63,20 +64,27 @@ def _sqlite(url: URL) -> Engine:
     return engine
 
 
-def _postgresql(url: URL) -> Engine:
-    if url.drivername == "postgresql":
-        url = url.set(drivername="postgresql+psycopg")
+def _postgresql(url: str) -> Engine:
+    read = read_postgresql_url("the URL of the sessions", url)
+    from knell.stores.postgresql_link import Connector  # loads psycopg
+
+    limits = f"-c statement_timeout={STATEMENT_MILLISECONDS} -c lock_timeout={int(BUSY_SECONDS * 1000)}"
     engine = create_engine(
-        url,
-        pool_size=4,
+        "postgresql+psycopg://",
+        # Several hosts fail over, as the store's.
+        creator=Connector(read, options=limits).open,
+        pool_size=read.pool_size,
         max_overflow=16,
         pool_timeout=BUSY_SECONDS,
         pool_pre_ping=True,
-        connect_args={
-            "connect_timeout": CONNECT_SECONDS,
-            "options": f"-c statement_timeout={STATEMENT_MILLISECONDS} -c lock_timeout={int(BUSY_SECONDS * 1000)}",
-        },
+        hide_parameters=True,
+        use_native_hstore=False,
     )
+
+    @event.listens_for(engine, "begin")
+    def begun(connection: Connection) -> None:
+        connection.connection.dbapi_connection.deadline = time.monotonic() + BUSY_SECONDS  # type: ignore[union-attr]
+
     _engines.add(engine)
     return engine
 

@@ -78,6 +78,7 @@ def _tell(tx: Tx, kind: str, revocation_id: str, body: str, position: int, batch
     registered = select(table.c.name).where(~table.c.removed).order_by(table.c.name)
     services = tuple(row.name for row in tx.rows(registered))
     sql_log.add_revocation(tx, batch_id, jws, services, position)
+    tx.announce()
     return services
 
 

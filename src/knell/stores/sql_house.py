@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, fields
 
-from sqlalchemy import Table, and_, delete, exists, insert, select, update
+from sqlalchemy import Table, and_, bindparam, delete, exists, insert, select, update
 
 from knell.store import Begun, Parked, Pruned, ServiceInfo
 from knell.stores import sql_denylist, sql_feed, sql_log
@@ -54,7 +54,7 @@ def begin(tx: Tx, service: str, batch_id: str, *, holder: str, lease_seconds: fl
     """See `Dedupe.begin`."""
     table = tx.tables.dedupe
     mine = and_(table.c.service == service, table.c.batch_id == batch_id)
-    found = tx.row(select(table).where(mine))
+    found = tx.row(select(table).where(mine).with_for_update())
     lease = {"holder": holder, "leased_until": tx.now + lease_seconds, "expires_at": _forgotten_at(tx)}
     if found is None:
         row = {"service": service, "batch_id": batch_id, "done": "0", "parked": "0"}
@@ -74,7 +74,7 @@ def mark(
     """See `Dedupe.mark`."""
     table = tx.tables.dedupe
     mine = and_(table.c.service == service, table.c.batch_id == batch_id)
-    found = tx.row(select(table).where(mine))
+    found = tx.row(select(table).where(mine).with_for_update())
     held = found is not None and found.holder == holder
     before = (0, 0) if found is None else (int(found.done, 16), int(found.parked, 16))
     values: dict[str, object] = {
@@ -143,7 +143,7 @@ def unpark(tx: Tx, ids: Collection[str]) -> int:
 def lease(tx: Tx, name: str, *, holder: str, seconds: float) -> bool:
     """See `Store.lease`."""
     table = tx.tables.leases
-    found = tx.row(select(table).where(table.c.name == name))
+    found = tx.row(select(table).where(table.c.name == name).with_for_update())
     if found is not None and found.holder != holder and found.leased_until > tx.now:
         return False
     tx.run(delete(table).where(table.c.name == name))
@@ -155,18 +155,25 @@ def lease(tx: Tx, name: str, *, holder: str, seconds: float) -> bool:
 # ---- pruning
 
 
-def prune(tx: Tx) -> Pruned:
-    """See `Store.prune`."""
-    tables = tx.tables
+def prune_log(tx: Tx) -> Pruned:
+    """The part of `Store.prune` that holds up those who write to the notice log."""
     notices, missed = sql_log.prune(tx, limit=_PRUNE_LIMIT)
+    return Pruned(notices=notices, missed=missed)
+
+
+def prune_denylist(tx: Tx) -> Pruned:
+    """The part that holds up those who track and revoke."""
+    return Pruned(revocations=sql_denylist.prune(tx, limit=_PRUNE_LIMIT))
+
+
+def prune_rest(tx: Tx) -> Pruned:
+    """All else that `Store.prune` removes."""
+    tables = tx.tables
     return Pruned(
-        revocations=sql_denylist.prune(tx, limit=_PRUNE_LIMIT),
         changes=sql_feed.trim(tx, limit=_PRUNE_LIMIT),
-        notices=notices,
         dedupe=_prune_past(tx, tables.dedupe, "expires_at", tx.now),
         parked=_prune_parked(tx, tx.now - tx.rules.retention_seconds),
         audit=_prune_past(tx, tables.audit, "at", tx.now - tx.rules.audit_seconds),
-        missed=missed,
     )
 
 
@@ -181,7 +188,8 @@ def _prune_past(tx: Tx, table: Table, column: str, moment: float) -> int:
     keys = list(table.primary_key.columns)
     # The oldest of them, and no key list: a row is named by as many columns as its table's key has.
     old = select(*keys).where(table.c[column] <= moment).order_by(table.c[column]).limit(_PRUNE_LIMIT)
-    rows = tx.rows(old)
-    for row in rows:
-        tx.run(delete(table).where(and_(*(key == value for key, value in zip(keys, row, strict=True)))))
+    # One that somebody is writing to at this moment lives on.
+    rows = tx.rows(old.with_for_update(skip_locked=True))
+    named = and_(*(key == bindparam(f"of_{key.name}") for key in keys))
+    tx.run(delete(table).where(named), [{f"of_{name}": value for name, value in row._mapping.items()} for row in rows])
     return len(rows)

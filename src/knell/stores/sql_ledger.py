@@ -99,11 +99,20 @@ class Ledger:
         self._sessions.load({key for key in held | set(sessions) if key is not None})
 
     def load_second(self, second: int, limit: int) -> tuple[list[TokenRow], list[SessionRow]]:
-        """Read up to `limit` members of a second, with the tokens' sessions."""
-        tokens = self._tokens.load_where(self._tx.tables.tokens.c.second == second, limit)
-        due = self._sessions.load_where(self._tx.tables.sessions.c.due == second, limit - len(tokens))
-        self._sessions.load({row.session for row in tokens if row.session is not None})
-        return tokens, due
+        """Read up to `limit` members of a second, with the tokens' sessions.
+
+        Several callers each get others, the tokens side by side. A session's own end may hang on tokens that another
+        caller has at this moment, so those that also want sessions come one after another.
+        """
+        tables = self._tx.tables
+        tokens = self._tokens.take(tables.tokens.c.second == second, limit)
+        due: list[bytes] = []
+        if len(tokens) < limit:
+            self._tx.hold(f"sessions due {second}")
+            due = self._sessions.keys_of(tables.sessions.c.due == second, limit - len(tokens))
+        self._sessions.load({row.session for row in tokens if row.session is not None} | set(due))
+        found = (self._sessions.get(key) for key in due)
+        return tokens, [row for row in found if row is not None and row.due == second]
 
     def token(self, key: bytes) -> TokenRow | None:
         """A token that was loaded."""
@@ -252,8 +261,12 @@ class Ledger:
         """Write everything back. Returns the seconds that have lost their last member; their timer state is gone."""
         self._tokens.flush()
         self._sessions.flush()
-        emptied = {second for second in self._left if not has_members(self._tx, second)}
         seconds = self._tx.tables.seconds
+        for chunk in chunks(sorted(self._left)):
+            # Who tracks into one of them has its row until the end: from now on there are either members, or none.
+            held = select(seconds.c.second).where(seconds.c.second.in_(chunk)).order_by(seconds.c.second)
+            self._tx.rows(held.with_for_update())
+        emptied = {second for second in self._left if not has_members(self._tx, second)}
         for chunk in chunks(emptied):
             self._tx.run(delete(seconds).where(seconds.c.second.in_(chunk)))
         return emptied
@@ -283,13 +296,22 @@ class _Rows(Generic[Kind]):
 
     def load(self, keys: Iterable[bytes]) -> None:
         missing = {key for key in keys if key not in self._now}
-        for chunk in chunks(missing):
-            self._read(select(*self._columns).where(self._table.c.key.in_(chunk)))
+        for chunk in chunks(sorted(missing)):
+            mine = select(*self._columns).where(self._table.c.key.in_(chunk))
+            self._read(mine.order_by(self._table.c.key).with_for_update())
         for key in missing:
             self._now.setdefault(key, None)
 
-    def load_where(self, condition: ColumnElement[bool], limit: int) -> list[Kind]:
-        return self._read(select(*self._columns).where(condition).limit(limit)) if limit > 0 else []
+    def take(self, condition: ColumnElement[bool], limit: int) -> list[Kind]:
+        """Read rows that nobody else has; if there are none, those that others have and leave."""
+        mine = select(*self._columns).where(condition).limit(limit)
+        found = self._read(mine.with_for_update(skip_locked=True))
+        if found or not self._tx.side_by_side:
+            return found
+        return self._read(mine.order_by(self._table.c.key).with_for_update())
+
+    def keys_of(self, condition: ColumnElement[bool], limit: int) -> list[bytes]:
+        return [row.key for row in self._tx.rows(select(self._table.c.key).where(condition).limit(limit))]
 
     def _read(self, query: Select[Any]) -> list[Kind]:
         found = [self._make(*row) for row in self._tx.rows(query)]
@@ -310,10 +332,11 @@ class _Rows(Generic[Kind]):
         self._changed.add(key)
 
     def flush(self) -> None:
-        gone = [key for key in self._changed if self._now[key] is None and key in self._stored]
+        changed = sorted(self._changed)
+        gone = [key for key in changed if self._now[key] is None and key in self._stored]
         for chunk in chunks(gone):
             self._tx.run(delete(self._table).where(self._table.c.key.in_(chunk)))
-        rows = {key: row for key in self._changed if (row := self._now[key]) is not None}
+        rows = {key: row for key in changed if (row := self._now[key]) is not None}
         self._tx.run(insert(self._table), [_as_dict(row) for key, row in rows.items() if key not in self._stored])
         others = [column.name for column in self._columns if column.name != "key"]
         self._tx.run(

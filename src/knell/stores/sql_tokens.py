@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import and_, insert, select, update
+from sqlalchemy import Row, and_, insert, select, update
 
 from knell.errors import NotDue
 from knell.notices import new_batch_id
@@ -82,23 +82,44 @@ def _with_timers(answers: list[Tracked], seconds: list[list[int]], to_arm: set[i
 
 def _arm(tx: Tx, wanted: Collection[int]) -> set[int]:
     """Which of these seconds need a timer. They are leased to the caller."""
-    table, known = tx.tables.seconds, dict[int, bool]()
-    for chunk in chunks(wanted):
-        for row in tx.rows(select(table).where(table.c.second.in_(chunk))):
-            known[row.second] = not row.armed and row.leased_at <= tx.now - ARM_LEASE_SECONDS
-    needed = {s for s in wanted if known.get(s, True) or s <= tx.now + IMMEDIATE_SECONDS}
-    new = [{"second": second, "armed": False, "leased_at": tx.now} for second in needed if second not in known]
-    tx.run(insert(table), new)
-    for chunk in chunks([second for second in needed if second in known]):
-        tx.run(update(table).where(table.c.second.in_(chunk)).values(leased_at=tx.now))
-    return needed
+    table = tx.tables.seconds
+    known, needed = set[int](), set[int]()
+    for chunk in chunks(sorted(wanted)):
+        # Nobody removes these rows before this transaction has ended.
+        kept = select(table).where(table.c.second.in_(chunk)).order_by(table.c.second)
+        for row in tx.rows(kept.with_for_update(read=True, key_share=True)):
+            known.add(row.second)
+            if row.second <= tx.now + IMMEDIATE_SECONDS or _is_free(tx, row):
+                needed.add(row.second)
+    new = sorted(set(wanted) - known)
+    tx.run(insert(table), [{"second": second, "armed": False, "leased_at": tx.now} for second in new])
+    return set(new) | {second for chunk in chunks(sorted(needed)) for second in _lease(tx, chunk)}
+
+
+def _is_free(tx: Tx, row: Row[Any]) -> bool:
+    return not row.armed and row.leased_at <= tx.now - ARM_LEASE_SECONDS
+
+
+def _lease(tx: Tx, seconds: list[int]) -> list[int]:
+    """Lease these to the caller, without those that somebody else has leased meanwhile."""
+    table = tx.tables.seconds
+    rows = select(table).where(table.c.second.in_(seconds)).order_by(table.c.second)
+    found = [
+        row.second
+        for row in tx.rows(rows.with_for_update(key_share=True))
+        if row.second <= tx.now + IMMEDIATE_SECONDS or _is_free(tx, row)
+    ]
+    tx.run(update(table).where(table.c.second.in_(found)).values(leased_at=tx.now))
+    return found
 
 
 def armed(tx: Tx, seconds: Collection[int]) -> None:
     """See `Store.armed`."""
     table = tx.tables.seconds
-    for chunk in chunks(set(seconds)):
-        tx.run(update(table).where(table.c.second.in_(chunk)).values(armed=True))
+    for chunk in chunks(sorted(set(seconds))):
+        waiting = and_(table.c.second.in_(chunk), ~table.c.armed)
+        rows = tx.rows(select(table.c.second).where(waiting).order_by(table.c.second).with_for_update(key_share=True))
+        tx.run(update(table).where(table.c.second.in_([row.second for row in rows])).values(armed=True))
 
 
 def due(tx: Tx, *, before: float, limit: int) -> list[int]:
@@ -192,11 +213,12 @@ def claim(tx: Tx, second: int, *, services: Sequence[str], limit: int) -> Claim 
             ledger.drop_session(row)
     more = second not in ledger.flush()
     entries = tuple(Claimed(n, *one) for n, one in enumerate(ended))
+    rearm = tuple(sorted(_arm(tx, moved)))
     services = sql_log.without_removed(tx, services)
     batch_id = new_batch_id("e") if entries and services else ""
     if batch_id:
         sql_log.add_expiry(tx, batch_id, entries, services)
-    return Claim(batch_id, entries, tuple(sorted(_arm(tx, moved))), more, closed)
+    return Claim(batch_id, entries, rearm, more, closed)
 
 
 def _claim_token(ledger: Ledger, token: TokenRow) -> tuple[TokenRef, frozenset[str], float | None]:
