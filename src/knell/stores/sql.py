@@ -29,11 +29,13 @@ from knell.store import (
 from knell.stores import sql_audit, sql_count, sql_feed, sql_house, sql_log, sql_tokens
 from knell.stores.counting import Page, count
 from knell.stores.denied import names_of_token
-from knell.stores.sql_database import DENYLIST, DENYLIST_READ, LOG, LOG_ADD, PARKED, Database
+from knell.stores.sql_database import BUSY_SECONDS, DENYLIST, DENYLIST_READ, LOG, LOG_ADD, PARKED, Database
 from knell.tokens import TokenRef
 
 # Nobody waits for a prune, and what has piled up has to go however slow the server is.
 PRUNE_SECONDS = 10.0
+# What one call is about, such as thousands of tokens, may take this much longer for each.
+EACH_SECONDS = 0.002
 
 
 class SqlStore(Store):
@@ -138,6 +140,7 @@ class SqlStore(Store):
                 claims=claims,
             ),
             DENYLIST_READ,
+            patience_seconds=_patience(len(refs)),
         )
 
     def armed(self, seconds: Collection[int]) -> None:
@@ -156,7 +159,11 @@ class SqlStore(Store):
         return self._database.read(lambda tx: sql_tokens.session(tx, iss, sid))
 
     def claim(self, second: int, *, services: Sequence[str], limit: int = 500) -> Claim | None:
-        return self._database.write(lambda tx: sql_tokens.claim(tx, second, services=services, limit=limit), LOG_ADD)
+        return self._database.write(
+            lambda tx: sql_tokens.claim(tx, second, services=services, limit=limit),
+            LOG_ADD,
+            patience_seconds=_patience(limit),
+        )
 
     # ---- revocations
 
@@ -198,7 +205,8 @@ class SqlStore(Store):
         return self._database.write(lambda tx: sql_log.resend_at(tx, batch_ids, at), LOG)
 
     def receive(self, receipts: Sequence[tuple[str, Receipt]]) -> None:
-        return self._database.write(lambda tx: sql_log.receive(tx, receipts), LOG)
+        step, patience = (lambda tx: sql_log.receive(tx, receipts)), _patience(len(receipts))
+        return self._database.write(step, LOG, patience_seconds=patience)
 
     # ---- services
 
@@ -217,7 +225,8 @@ class SqlStore(Store):
     # ---- parked entries
 
     def park(self, parked: Sequence[Parked]) -> None:
-        return self._database.write(lambda tx: sql_house.park(tx, parked), PARKED)
+        step, patience = (lambda tx: sql_house.park(tx, parked)), _patience(len(parked))
+        return self._database.write(step, PARKED, patience_seconds=patience)
 
     def parked(self, *, service: str | None = None, after: str = "", limit: int = 100) -> list[Parked]:
         return self._database.read(lambda tx: sql_house.parked(tx, service=service, after=after, limit=limit))
@@ -248,6 +257,10 @@ class SqlStore(Store):
 
     def warnings(self) -> list[str]:
         return self._database.warnings()
+
+
+def _patience(count: int) -> float:
+    return BUSY_SECONDS + count * EACH_SECONDS
 
 
 def _open(url: str, *, namespace: str, rules: Rules, clock: Callable[[], float] | None) -> Database:
