@@ -294,7 +294,7 @@ def test_a_login_never_waits_for_a_frozen_broker(
     fragile: RabbitServer, settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Five logins together take less than one revocation, which does wait a while; both are recorded for the sweep."""
-    monkeypatch.setattr("knell.issuer.BROKER_SECONDS", REVOKE_SECONDS)
+    monkeypatch.setattr("knell.revoking.BROKER_SECONDS", REVOKE_SECONDS)
     here = settings(broker_url=fragile.url)
     declare(here)
     key = SigningKey.generate()
