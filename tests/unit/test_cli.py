@@ -322,6 +322,7 @@ def test_revoke_takes_every_scope_and_undo_takes_it_back(
     ("arguments", "said"),
     [
         (("claims", "tenant"), "write NAME=VALUE"),
+        (("claims", "tenant=acme", "tenant=globex"), "'tenant' is given 2 times"),
         (("client",), "takes one VALUE, its client_id; there are 0"),
         (("client", "a", "b"), "there are 2"),
         (("client", "web", "--confirm", "app"), "it has to be 'web'"),

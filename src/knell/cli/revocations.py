@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -236,7 +237,11 @@ def read_match(scope: Scope, values: Sequence[str], iss: str) -> dict[str, Claim
     """What a revocation of this scope matches by; InvalidInput if the values are not such."""
     claim = scope.claim
     if claim is None:
-        return dict(_read_claim(value) for value in values)
+        found = [_read_claim(value) for value in values]
+        for name, count in Counter(name for name, _ in found).items():
+            if count > 1:
+                raise InvalidInput(f"claim {name!r} is given {count} times; a token must have all: revoke one by one")
+        return dict(found)
     if scope is Scope.ISSUER and not values:
         return {claim: iss}
     if len(values) != 1:
