@@ -98,6 +98,21 @@ def test_the_claims_at_hand_are_looked_at_and_not_kept(store: Store) -> None:
     assert [each.denied is not None for each in store.track(bare)] == [False, False, False]
 
 
+def test_a_long_list_and_half_a_character_are_looked_through(store: Store) -> None:
+    """The last of many groups refuses like the first; text that is none has no revocation, and stops nobody's token."""
+    record(store, revocation("claims", {"group": "admins"}))
+    record(store, revocation("claims", {"group": "g1", "tenant": "acme"}))
+    groups = [f"x{n}" for n in range(300)]
+    sets = [
+        {"group": [*groups, "admins"]},
+        {"group": [*groups, "g1"], "tenant": "acme"},
+        {"group": [*groups, "\ud800"], "tenant": "\udfff"},
+        {"group": ["\ud800", "admins"]},
+    ]
+    found = store.track([token(f"t{n}") for n in range(4)], claims=sets)
+    assert [each.denied is not None for each in found] == [True, True, False, True]
+
+
 def test_tracked_claims_come_back_with_the_token(store: Store, clock: Clock) -> None:
     """What is kept of a token is what its notice is made of: its tracked claims too, as they were."""
     store.add_service("shop")

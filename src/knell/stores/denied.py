@@ -9,8 +9,8 @@ from typing import Any
 from knell.revocations import Revocation, Scope, written_claims
 from knell.tokens import comparable, values_of
 
-# Claims that are lists multiply: of a token with more combinations than this, the others are not looked at here.
-# Verifiers look at all of them.
+# Claims that are lists multiply: of a token with more combinations than this, and than its lists have values in all,
+# the others are not looked at here. Verifiers look at all of them.
 MOST_COMBINATIONS = 100
 
 
@@ -33,6 +33,12 @@ def values_by_claims(claims: Mapping[str, Any], sets_of_names: Iterable[Sequence
     """
     for names in sets_of_names:
         if all(name in claims for name in names):
-            choices = [[value for value in values_of(claims[name]) if comparable(value)] for name in names]
-            for values in islice(product(*choices), MOST_COMBINATIONS):
+            choices = [[value for value in values_of(claims[name]) if _nameable(value)] for name in names]
+            most = max(MOST_COMBINATIONS, sum(map(len, choices)))
+            for values in islice(product(*choices), most):
                 yield written_claims(dict(zip(names, values, strict=True)))
+
+
+def _nameable(value: object) -> bool:
+    """Whether a revocation can name a value. JSON can write half of a character, which is no text and has no bytes."""
+    return comparable(value) and not (isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value))
