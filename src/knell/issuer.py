@@ -26,7 +26,7 @@ from knell.errors import (
 from knell.keyring import KeyRing
 from knell.keys import ALGORITHMS, OWN_TYPES, SYMMETRIC, Signer, SigningKey
 from knell.keyset import KeyFile, notice_keys
-from knell.minting import check_foreign, new_claims, read_foreign, refreshed_claims
+from knell.minting import both_claims, check_foreign, new_claims, read_foreign, refreshed_claims
 from knell.publisher import Publisher
 from knell.results import Issued, Recorded, Revoked, Tracking, Undone, pauses
 from knell.revocations import Revocation, Scope, check_entity, claims_of, make_revocation, revocation_of_refreshed
@@ -165,7 +165,15 @@ class Issuer:
         jti = old.get("jti")
         kid = given.kid if isinstance(given, Claims) else old.get("kid")
         predecessor = _Predecessor(jti if isinstance(jti, str) else None, kid if isinstance(kid, str) else None)
-        return self._mint(made, headers, away=away, continuing=True, reopen=reopen, predecessor=predecessor)
+        return self._mint(
+            made,
+            headers,
+            away=away,
+            continuing=True,
+            reopen=reopen,
+            predecessor=predecessor,
+            judged=both_claims(old, made, claims),
+        )
 
     def track(self, token: str | Mapping[str, Any] | TokenRef) -> Tracking:
         """Track a token that somebody else minted.
@@ -385,6 +393,7 @@ class Issuer:
         continuing: bool = False,
         reopen: bool = False,
         predecessor: _Predecessor | None = None,
+        judged: Mapping[str, Any] | None = None,
     ) -> Issued:
         if self._key is None:
             raise InvalidSettings("this Issuer has no key to sign tokens with; pass key= and algorithm=")
@@ -397,7 +406,12 @@ class Issuer:
         except (TypeError, ValueError) as error:
             raise InvalidClaims(f"the claims cannot be written as JSON: {error}") from None
         [tracking] = self._track(
-            [ref], [claims], away=away, continuing=continuing, reopen=reopen, predecessor=predecessor
+            [ref],
+            [claims if judged is None else judged],
+            away=away,
+            continuing=continuing,
+            reopen=reopen,
+            predecessor=predecessor,
         )
         if tracking.refused is not None:
             raise tracking.refused

@@ -13,7 +13,7 @@ from knell.decoding import read_header
 from knell.errors import InvalidClaims, TokenInvalid
 from knell.keyring import KeyRing
 from knell.settings import Rules
-from knell.tokens import MAX_SHOWN, Claims, TokenRef, check_identifier
+from knell.tokens import MAX_SHOWN, Claims, TokenRef, check_identifier, values_of
 
 # What the issuer decides, and a caller of `issue` must not.
 DECIDED = ("exp", "iat")
@@ -58,11 +58,22 @@ def refreshed_claims(
     for name in ("iss", "sub", "sid", "auth_time", "session_exp"):
         if changes and name in changes and changes[name] != old.get(name):
             raise InvalidClaims(f"{name!r} stays the same through the life of a session; leave it out of the changes")
+    if changes and old.get("client_id") is not None and changes.get("client_id", old["client_id"]) != old["client_id"]:
+        raise InvalidClaims("'client_id' stays the same through the life of a session; leave it out of the changes")
     kept = {name: value for name, value in old.items() if name not in RENEWED}
     # A session of a token without auth_time began at that token at the latest.
     if kept.get("auth_time") is None and old.get("iat") is not None:
         kept["auth_time"] = old["iat"]
     return new_claims({**kept, **(changes or {})}, iss=iss, now=now, ttl_seconds=ttl_seconds, rules=rules)
+
+
+def both_claims(old: Mapping[str, Any], made: Mapping[str, Any], changes: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a refreshed token is judged by: its claims set, and what it had before where that was changed.
+
+    A revocation by claims that refuses the old token has ended the session, whatever the new one says.
+    """
+    changed = {name for name in changes or () if name in old and name not in RENEWED}
+    return {**made, **{name: [*values_of(made.get(name)), *values_of(old[name])] for name in changed}}
 
 
 def check_foreign(ref: TokenRef, *, now: float, rules: Rules) -> None:

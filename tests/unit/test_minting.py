@@ -161,13 +161,14 @@ def test_without_auth_time_the_session_began_at_the_token() -> None:
         ({"sid": "other"}, "'sid' stays the same"),
         ({"auth_time": NOW}, "'auth_time' stays the same"),
         ({"session_exp": NOW + 10}, "'session_exp' stays the same"),
+        ({"client_id": "other"}, "'client_id' stays the same"),
         ({"exp": NOW + 10}, "have 'exp'"),
     ],
 )
 def test_what_a_refresh_cannot_change(changes: dict[str, Any], said: str) -> None:
     """What makes a session the same session stays."""
     with pytest.raises(InvalidClaims) as caught:
-        refreshed(new({"sid": "s"}), changes, now=NOW + 1)
+        refreshed(new({"sid": "s", "client_id": "web"}), changes, now=NOW + 1)
     assert said in str(caught.value)
 
 

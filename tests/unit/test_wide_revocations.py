@@ -155,6 +155,18 @@ def test_untracked_claims_refuse_at_the_issuer_too(issuer: Issuer, verifier: Ver
     verifier.verify(login(issuer, 2, department="sales"))
 
 
+@pytest.mark.parametrize("tenant", ["globex", ["globex"], None])
+def test_a_refresh_with_other_claims_does_not_carry_a_refused_session_on(issuer: Issuer, tenant: Any) -> None:
+    """What the old token was refused by refuses the new one, although that no longer has the claim."""
+    old, later = login(issuer, 1), login(issuer, 2, tenant="globex")
+    issuer.revoke("claims", {"tenant": "acme"})
+    with pytest.raises(SessionRevoked):
+        issuer.refresh(old, ttl_seconds=60, claims={"tenant": tenant})
+    assert issuer.refresh(later, ttl_seconds=60, claims={"tenant": "initech"}).ref.sid == "s-2"
+    fresh = login(issuer, 3)
+    assert issuer.refresh(fresh, ttl_seconds=60, claims={"tenant": tenant}).ref.sid == "s-3"
+
+
 def test_an_issuer_whose_key_is_revoked_mints_nothing(issuer: Issuer) -> None:
     """A stolen key is revoked: who goes on with it is told to take another."""
     issuer.revoke("key", {"kid": KEY.kid})
