@@ -63,6 +63,16 @@ class Decoder:
         """Where the keys come from, if they change."""
         return self._ring.source
 
+    @property
+    def only_kid(self) -> str | None:
+        """See KeyRing.only_kid."""
+        return self._ring.only_kid
+
+    @property
+    def issuers(self) -> Sequence[str]:
+        """Whose tokens are accepted."""
+        return self._issuers
+
     def decode(self, token: str) -> tuple[Claims, TokenRef]:
         """The claims of a token and what Knell keeps of them; a token without jti has the jti "".
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from knell.claim_index import ClaimIndex
@@ -87,6 +87,10 @@ class Denylist:
         if self._claims:
             return self._find_by_claims(token, started, claims)
         return None
+
+    def find_key(self, issuers: Iterable[str], kid: str) -> Revocation | None:
+        """The revocation of a key by one of these issuers; None if there is none."""
+        return next((found for iss in issuers if (found := self._keys.get((iss, kid))) is not None), None)
 
     def _find_by_claims(
         self, token: TokenRef, started: float | None, claims: Mapping[str, Any] | None

@@ -73,6 +73,12 @@ class KeyRing:
         else:
             self._keys = _fixed(keys, self._algorithms)
 
+    @property
+    def only_kid(self) -> str | None:
+        """The name of the only key, where there is one that never changes; else None."""
+        only = None if self._keys is None or self.source is not None else self._keys.only
+        return None if only is None else only.kid
+
     def choose(self, header: Mapping[str, Any]) -> VerifyingKey:
         """The key for a token by its header, whose `kid` decides, and never its `alg`.
 

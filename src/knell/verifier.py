@@ -173,7 +173,8 @@ class Verifier:
         Args:
             token: what `verify` returned, another library's verified claims, or what `reference` made of them. They
                 need iss, jti and exp.
-            kid: the `kid` of the token's header, where only the caller knows it.
+            kid: the `kid` of the token's header, where only the caller knows it. Of claims that come without one it
+                is that of the verifier's key, if it has a single one.
             of_session: ask for the token's session, where it has a sid: its exp does not count, since the session may
                 have been refreshed, nor does a revocation of this one token.
 
@@ -184,7 +185,7 @@ class Verifier:
         claims = Claims(token.as_json() if isinstance(token, TokenRef) else token)
         if isinstance(token, TokenRef):
             claims.update(claims.pop("claims", {}))
-        claims.kid = kid or (token.kid if isinstance(token, Claims | TokenRef) else None)
+        claims.kid = kid or (token.kid if isinstance(token, Claims | TokenRef) else self.only_kid)
         ref = self._decoder.checked(claims)
         if not of_session or ref.sid is None:
             self._check(ref, claims)
@@ -204,6 +205,11 @@ class Verifier:
         """
         kid = claims.kid if isinstance(claims, Claims) else None
         return TokenRef.from_claims(claims, kid=kid, tracked=self._rules.tracked_claims)
+
+    @property
+    def only_kid(self) -> str | None:
+        """The name of its key, where it has a single one that never changes: what is accepted was signed with it."""
+        return self._decoder.only_kid
 
     def _check(self, ref: TokenRef, claims: Mapping[str, Any]) -> None:
         now = self._clock()
@@ -225,7 +231,11 @@ class Verifier:
     def _check_denylist(self, ref: TokenRef, claims: Mapping[str, Any]) -> None:
         if not self._follower.ready:
             self._wait_at_start()
-        found = self._follower.denylist.find(ref, claims=claims)
+        denylist = self._follower.denylist
+        found = denylist.find(ref, claims=claims)
+        if found is None and ref.kid is not None and len(self._decoder.issuers) > 1:
+            # Here a kid names one key, whichever issuer a token speaks of: who has stolen it can sign for any of them.
+            found = denylist.find_key(self._decoder.issuers, ref.kid)
         if found is not None:
             raise TokenRevoked(found.id, found.reason)
         self._check_age()

@@ -280,3 +280,44 @@ def test_simplejwt_and_a_revoked_user(simplejwt: str, home: Home) -> None:
     until(lambda: get(f"{simplejwt}/me", pair["access"]).status_code == 401)
     assert send("POST", f"{simplejwt}/refresh", json={"refresh": pair["refresh"]}).status_code == 401
     assert get(f"{simplejwt}/me", _login(simplejwt, "bob")["access"]).status_code == 200
+
+
+def test_simplejwt_and_a_revoked_key(simplejwt: str, home: Home) -> None:
+    """Its tokens name no key, and there is only one: once that is revoked they are refused, and no new one is made."""
+    pair = _login(simplejwt)
+    tracked = _tracked(home, pair["access"])
+    assert tracked is not None
+    assert tracked.kid is not None
+    revoked = home.issuer.revoke("key", {"kid": tracked.kid})
+    assert revoked.sessions
+    until(lambda: get(f"{simplejwt}/me", pair["access"]).status_code == 401)
+    assert send("POST", f"{simplejwt}/login", json={"username": "bob", "password": "secret"}).status_code == 401
+    home.issuer.undo(revoked.id)
+    until(lambda: get(f"{simplejwt}/me", pair["access"]).status_code == 200)
+
+
+FORGOTTEN = """
+from django.core.exceptions import ImproperlyConfigured
+from rest_framework_simplejwt.settings import api_settings
+from rest_framework_simplejwt.tokens import AccessToken
+from knell.integrations.simplejwt import JWTAuthentication
+
+api_settings.AUTH_TOKEN_CLASSES = (AccessToken,)  # simplejwt's default
+try:
+    JWTAuthentication().get_validated_token(str(AccessToken()).encode())
+except ImproperlyConfigured as error:
+    print(error)
+"""
+
+
+def test_simplejwt_with_token_classes_that_ask_no_denylist(home: Home) -> None:
+    """Without AUTH_TOKEN_CLASSES every revoked token would be accepted, and nobody would see it: that is an error."""
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "with_simplejwt.py"), "shell", "-c", FORGOTTEN],
+        cwd=home.directory,
+        env=home.environ(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "AUTH_TOKEN_CLASSES'] has AccessToken, which accepts revoked tokens" in done.stdout, done.stderr

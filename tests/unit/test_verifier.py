@@ -429,6 +429,40 @@ def test_another_issuers_revocation_is_not_ours(make: Callable[..., Verifier], f
     assert make().verify(mint())
 
 
+def test_a_revoked_key_is_refused_whichever_issuer_a_token_speaks_of(
+    make: Callable[..., Verifier], feed: MemoryFeed
+) -> None:
+    """A verifier with several issuers takes any of its keys for any of them, and so does whoever has stolen one."""
+    other = "https://b.example"
+    one = make(keys={"stolen": pem("EdDSA"), "sound": pem("ES256")}, algorithms=["EdDSA", "ES256"], issuer=[ISS, other])
+    forged = mint(claims(iss=other, sub="mallory"), kid="stolen")
+    assert one.verify(forged)
+    feed.revoke(revocation("key", "stolen", now=NOW))
+    eventually(lambda: len(one._follower.denylist))
+    with pytest.raises(TokenRevoked):
+        one.verify(forged)
+    assert one.verify(mint(claims(iss=other), algorithm="ES256", kid="sound"))
+    alone = make(keys={"stolen": pem("EdDSA")}, issuer=[other])
+    assert alone.verify(forged)
+
+
+def test_claims_that_another_library_verified_end_with_the_verifiers_only_key(
+    make: Callable[..., Verifier], feed: MemoryFeed
+) -> None:
+    """Claims tell no key. Where there is only one, it is known; and what a claim of that name says does not count."""
+    one, several = make(), make(keys={"k1": pem("EdDSA"), "k2": pem("ES256")}, algorithms=["EdDSA", "ES256"])
+    kid = thumbprint(key("EdDSA").as_dict(private=False))
+    assert (one.only_kid, several.only_kid) == (kid, None)
+    one.check(claims())
+    feed.revoke(revocation("key", kid, now=NOW))
+    eventually(lambda: len(one._follower.denylist))
+    for checked in (claims(), claims(kid="forged")):
+        with pytest.raises(TokenRevoked):
+            one.check(checked)
+    one.check(claims(), kid="another")
+    several.check(claims())
+
+
 def test_a_token_without_jti_can_be_revoked_by_its_session(make: Callable[..., Verifier], feed: MemoryFeed) -> None:
     """Where no jti is required, the other scopes still reach the token."""
     one, token = make(require=("exp",)), mint(claims(jti=...))

@@ -112,7 +112,7 @@ class Tracked(_Token):
         if self._signed != self._name():
             self.payload.update(self._claims())
             try:
-                issuer().track(self.payload)
+                issuer().track({**self.payload, "kid": checker().only_kid})
             except SessionRevoked:
                 raise TokenError("Token's session is revoked") from None
             except Unavailable:
@@ -221,6 +221,16 @@ class JWTAuthentication(authentication.JWTAuthentication):
         except AuthenticationFailed as error:
             remember(request, TokenInvalid("the token is not accepted"))
             raise error
+
+    def get_validated_token(self, raw_token: bytes) -> Any:
+        """simplejwt's own. ImproperlyConfigured if AUTH_TOKEN_CLASSES has a class that does not ask the denylist."""
+        found = super().get_validated_token(raw_token)
+        if not isinstance(found, Tracked):
+            raise ImproperlyConfigured(
+                f"SIMPLE_JWT['AUTH_TOKEN_CLASSES'] has {type(found).__name__}, which accepts revoked tokens; use "
+                "knell.integrations.simplejwt.AccessToken"
+            )
+        return found
 
     def authenticate_header(self, request: Request) -> str:
         """`WWW-Authenticate`, for what was refused of this request."""
