@@ -210,6 +210,7 @@ class Counted:
     """How many live tokens, and sessions, a revocation names.
 
     Attributes:
+        sessions: a token that has none counts as one: it is somebody's, too.
         complete: False if the store was not searched to its end: these are at least so many.
     """
 

@@ -282,6 +282,16 @@ def test_a_count_stops_when_it_is_enough(store: Store) -> None:
         assert some.sessions < 1500
 
 
+def test_a_token_without_a_session_counts_as_one(store: Store) -> None:
+    """Where tokens have no sid a wide revocation ends no less: it is not to pass for one that ends nothing."""
+    store.track([full("t1"), full("t2"), full("t3", sid=None), full("t4", sid=None)])
+    made = revocation("client", "web")
+    assert every(store, made) == Counted(4, 3)
+    some = store.count(made, enough=2, within_seconds=60)
+    assert some is not None
+    assert some.sessions > 2
+
+
 def test_what_is_not_tracked_cannot_be_counted(store: Store) -> None:
     """By a claim that the store does not keep nobody knows; by those of every token one does."""
     store.track([full(), full("t2", sub="bob")])

@@ -46,14 +46,16 @@ def count(
     if revocation.scope is Scope.CLAIMS and not _KEPT.union(tracked).issuperset(revocation.match):
         return None
     deadline = time.monotonic() + within_seconds
-    tokens, sessions, place = 0, set[str](), None
+    tokens, alone, sessions, place = 0, 0, set[str](), None
     while True:
         page = read(place)
         for ref, started in page.tokens:
             if revocation.refuses(ref, started=started):
                 tokens += 1
-                if ref.sid is not None:
+                if ref.sid is None:
+                    alone += 1
+                else:
                     sessions.add(ref.sid)
-        place = page.after
-        if place is None or len(sessions) > enough or time.monotonic() >= deadline:
-            return Counted(tokens, len(sessions), complete=place is None)
+        place, ended = page.after, alone + len(sessions)
+        if place is None or ended > enough or time.monotonic() >= deadline:
+            return Counted(tokens, ended, complete=place is None)
