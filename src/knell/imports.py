@@ -17,9 +17,11 @@ from sqlalchemy import Integer, NullPool, column, create_engine, select, table
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from knell.errors import InvalidClaims, InvalidInput, Unavailable
+from knell.errors import InvalidClaims, InvalidInput, InvalidRevocation, Unavailable
 from knell.issuer import Issuer
 from knell.redaction import without_tokens
+from knell.revocations import check_reason
+from knell.revoking import check_actor
 from knell.tokens import check_identifier, check_time
 
 # As many are asked for at once.
@@ -101,9 +103,12 @@ def import_blacklist(
         actor: who asks for it, for the audit log.
 
     Raises:
-        InvalidRevocation, InvalidSettings: the reason, the issuer or its key cannot be used.
+        InvalidRevocation, InvalidSettings: the reason, the actor, the issuer or its key cannot be used.
     """
     report = Report()
+    if reason is not None:
+        check_reason(reason)
+    check_actor(actor)
     try:
         for entry in entries:
             ended = clock() - leeway_seconds
@@ -126,14 +131,18 @@ def _one(issuer: Issuer, entry: Listed | Bad, report: Report, *, ended: float, d
     elif dry_run:
         report.revoked += 1
     else:
-        revoked = issuer.revoke(
-            "token",
-            {"jti": entry.jti},
-            exp=entry.exp,
-            initiating_entity="system",
-            idempotency_key=_id(issuer.iss, entry.jti),
-            **told,
-        )
+        try:
+            revoked = issuer.revoke(
+                "token",
+                {"jti": entry.jti},
+                exp=entry.exp,
+                initiating_entity="system",
+                idempotency_key=_id(issuer.iss, entry.jti),
+                **told,
+            )
+        except InvalidRevocation as error:  # its revocation was undone: those after it are revoked all the same
+            report.bad.append(Bad(without_tokens(entry.position), str(error)))
+            return
         report.revoked += revoked.created
         report.known += not revoked.created
         if revoked.recorded == "queued":

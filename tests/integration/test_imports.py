@@ -16,7 +16,7 @@ from zoneinfo import ZoneInfo
 import pytest
 import redis
 
-from knell.errors import InvalidInput, StoreUnavailable, Unavailable
+from knell.errors import InvalidInput, InvalidRevocation, StoreUnavailable, Unavailable
 from knell.imports import Bad, Listed, from_redis, from_simplejwt, import_blacklist
 from knell.issuer import Issuer
 from knell.keys import SigningKey
@@ -250,3 +250,18 @@ def test_errors_of_a_source_are_typed() -> None:
         next(from_simplejwt("not a url"))
     with pytest.raises(Unavailable):
         next(from_redis("redis://127.0.0.1:1/0", prefix=""))
+
+
+def test_an_import_goes_on_past_what_was_undone(store: Store, place: Settings) -> None:
+    """What somebody has let live again stays alive, and is told; what comes after it on the list is revoked."""
+    entries = [Listed(str(n), f"t{n}", time.time() + 600) for n in range(3)]
+    with Issuer(ISS, notice_key=SigningKey.generate(), settings=place) as issuer:
+        import_blacklist(issuer, entries[:2], leeway_seconds=10)
+        issuer.undo(_denied(store)["t0"].id)
+        report = import_blacklist(issuer, entries, leeway_seconds=10)
+        assert (report.revoked, report.known, report.position) == (1, 1, "2")
+        (bad,) = report.bad
+        assert (bad.position, "undone" in bad.why) == ("0", True)
+        assert sorted(_denied(store)) == ["t1", "t2"]
+        with pytest.raises(InvalidRevocation, match="the limit is 1024"):
+            import_blacklist(issuer, [], leeway_seconds=10, reason="x" * 2000)
