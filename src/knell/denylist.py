@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from knell.claim_index import ClaimIndex
@@ -52,7 +52,12 @@ class Denylist:
         return iter(self._by_id.values())
 
     def find(
-        self, token: TokenRef, *, started: float | None = None, claims: Mapping[str, Any] | None = None
+        self,
+        token: TokenRef,
+        *,
+        started: float | None = None,
+        claims: Mapping[str, Any] | None = None,
+        issuers: Collection[str] = (),
     ) -> Revocation | None:
         """A revocation that refuses a token; None if there is none.
 
@@ -61,6 +66,8 @@ class Denylist:
             started: the start of its session where the store knows an earlier one than the token tells, Unix seconds.
             claims: its claims set, where that is at hand: without it, scope claims is judged by the claims that are
                 tracked.
+            issuers: those whose keys are one set, in which a kid names one key: whoever has stolen it can sign for any
+                of them, and any of them can revoke it.
         """
         found = self._tokens.get((token.iss, token.jti))
         if found is not None:
@@ -74,9 +81,10 @@ class Denylist:
             if found is not None and found.refuses(token, started=started):
                 return found
         if token.kid is not None:
-            found = self._keys.get((token.iss, token.kid))
-            if found is not None:
-                return found
+            for iss in (token.iss, *issuers):
+                found = self._keys.get((iss, token.kid))
+                if found is not None:
+                    return found
         if token.client_id is not None:
             found = self._clients.get((token.iss, token.client_id))
             if found is not None and found.refuses(token, started=started):
@@ -87,10 +95,6 @@ class Denylist:
         if self._claims:
             return self._find_by_claims(token, started, claims)
         return None
-
-    def find_key(self, issuers: Iterable[str], kid: str) -> Revocation | None:
-        """The revocation of a key by one of these issuers; None if there is none."""
-        return next((found for iss in issuers if (found := self._keys.get((iss, kid))) is not None), None)
 
     def _find_by_claims(
         self, token: TokenRef, started: float | None, claims: Mapping[str, Any] | None

@@ -149,7 +149,7 @@ class Issuer:
 
         Args:
             token: the token to go on from, whose signature is checked (it may have expired), or its verified claims.
-            claims: changes to the claims.
+            claims: changes to the claims. A revocation by claims that refuses the old token counts for the new one too.
             reopen: start a new life of a session that has ended.
 
         Raises:

@@ -132,13 +132,20 @@ class Verifier:
             match=match,
         )
         self._keys = self._decoder.source
+        # Of a single one the token itself tells.
+        self._issuers = self._decoder.issuers if len(self._decoder.issuers) > 1 else ()
         self.policy = policy
         self._rules = settings.rules
         self._leeway_seconds = leeway_seconds
         self._clock = clock
         self._monotonic = monotonic
         self._start_wait_seconds = start_wait_seconds
-        self._watches = Watches(lambda: self._follower.denylist, clock=clock, leeway_seconds=leeway_seconds)
+        self._watches = Watches(
+            lambda: self._follower.denylist,
+            clock=clock,
+            leeway_seconds=leeway_seconds,
+            issuers=self._issuers,
+        )
         self._follower = Follower(
             store if store is not None else lambda: _open(settings),
             clock=clock,
@@ -231,11 +238,7 @@ class Verifier:
     def _check_denylist(self, ref: TokenRef, claims: Mapping[str, Any]) -> None:
         if not self._follower.ready:
             self._wait_at_start()
-        denylist = self._follower.denylist
-        found = denylist.find(ref, claims=claims)
-        if found is None and ref.kid is not None and len(self._decoder.issuers) > 1:
-            # Here a kid names one key, whichever issuer a token speaks of: who has stolen it can sign for any of them.
-            found = denylist.find_key(self._decoder.issuers, ref.kid)
+        found = self._follower.denylist.find(ref, claims=claims, issuers=self._issuers)
         if found is not None:
             raise TokenRevoked(found.id, found.reason)
         self._check_age()

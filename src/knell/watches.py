@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -90,6 +90,7 @@ class Watches:
         *,
         clock: Callable[[], float] = time.time,
         leeway_seconds: float = 0.0,
+        issuers: Collection[str] = (),
     ) -> None:
         """Make a set of watches; its thread starts with the first one.
 
@@ -97,8 +98,10 @@ class Watches:
             denylist: gives the denylist as it is now.
             clock: Unix seconds.
             leeway_seconds: how long after its exp a token is still accepted.
+            issuers: see `Denylist.find`.
         """
         self._denylist = denylist
+        self._issuers = tuple(issuers)
         self._clock = clock
         self._leeway_seconds = leeway_seconds
         self._closed = False
@@ -134,13 +137,13 @@ class Watches:
             if self._closed:
                 raise RuntimeError("the verifier was closed; it watches nothing any more")
             self._live[watch] = None
-            for key in _keys(token):
+            for key in self._keys(token):
                 self._by_key.setdefault(key, {})[watch] = None
             self._made += 1
             heapq.heappush(self._timers, (ends_at(token, self._leeway_seconds), self._made, watch))
             self._start()
             # Looked up after it was entered: a revocation is either in the denylist by now, or will find the watch.
-            revocation = self._denylist().find(token, claims=watch.claims)
+            revocation = self._denylist().find(token, claims=watch.claims, issuers=self._issuers)
             if revocation is not None:
                 self._end(watch, self._revoked(revocation))
             self._changed.notify()
@@ -155,7 +158,9 @@ class Watches:
             named = self._by_key.get(_key_of(revocation))
             if not named:
                 return
-            for watch in [watch for watch in named if revocation.refuses(watch.token, claims=watch.claims)]:
+            # Of a key all that are found by its name are meant, whichever of the issuers their tokens speak of.
+            of_key = revocation.scope is Scope.KEY
+            for watch in [one for one in named if of_key or revocation.refuses(one.token, claims=one.claims)]:
                 self._end(watch, self._revoked(revocation))
             self._changed.notify()
 
@@ -202,6 +207,12 @@ class Watches:
         if self._forget(watch):
             self._ended.append((watch, end))
 
+    def _keys(self, token: TokenRef) -> dict[_Key, None]:
+        found = dict.fromkeys((scope, token.iss, value) for scope, value in named_by(token))
+        if token.kid is not None:
+            found |= dict.fromkeys((Scope.KEY, iss, token.kid) for iss in self._issuers)
+        return found
+
     def _revoked(self, revocation: Revocation) -> TokenEnd:
         return TokenEnd("revoked", self._clock(), revocation.id, revocation.reason)
 
@@ -209,7 +220,7 @@ class Watches:
         if watch not in self._live:
             return False
         del self._live[watch]
-        for key in _keys(watch.token):
+        for key in self._keys(watch.token):
             named = self._by_key[key]
             del named[watch]
             if not named:
@@ -258,7 +269,7 @@ class Watches:
         for first in range(0, len(watches), _RECHECK_PAGE):
             denylist = self._denylist()
             page = watches[first : first + _RECHECK_PAGE]
-            found = [(watch, denylist.find(watch.token, claims=watch.claims)) for watch in page]
+            found = [(watch, denylist.find(watch.token, claims=watch.claims, issuers=self._issuers)) for watch in page]
             with self._changed:
                 for watch, revocation in found:
                     if revocation is not None:
@@ -294,10 +305,6 @@ def ends_at(token: TokenRef, leeway_seconds: float) -> float:
     """When a token stops being accepted, Unix seconds: at exp or session_exp, whichever is first, plus the leeway."""
     end = token.exp if token.session_exp is None else min(token.exp, token.session_exp)
     return end + leeway_seconds
-
-
-def _keys(token: TokenRef) -> list[_Key]:
-    return [(scope, token.iss, value) for scope, value in named_by(token)]
 
 
 def _key_of(revocation: Revocation) -> _Key:

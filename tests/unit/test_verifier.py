@@ -27,7 +27,7 @@ from knell.errors import (
 )
 from knell.keys import SigningKey, thumbprint
 from knell.settings import Rules, Settings
-from knell.verifier import AVAILABLE, STRICT, Policy, Verifier
+from knell.verifier import AVAILABLE, STRICT, Policy, TokenEnd, Verifier
 from tests.unit.memory_feed import ISS, MemoryFeed, eventually, revocation
 from tests.unit.tokens_for_tests import (
     AUD,
@@ -436,9 +436,12 @@ def test_a_revoked_key_is_refused_whichever_issuer_a_token_speaks_of(
     other = "https://b.example"
     one = make(keys={"stolen": pem("EdDSA"), "sound": pem("ES256")}, algorithms=["EdDSA", "ES256"], issuer=[ISS, other])
     forged = mint(claims(iss=other, sub="mallory"), kid="stolen")
-    assert one.verify(forged)
+    ended: list[TokenEnd] = []
+    one.watch(one.verify(forged), ended.append)
     feed.revoke(revocation("key", "stolen", now=NOW))
-    eventually(lambda: len(one._follower.denylist))
+    assert eventually(lambda: ended)[0].cause == "revoked"
+    one.watch(one._decoder.decode(forged)[0], ended.append)
+    assert eventually(lambda: len(ended) == 2)
     with pytest.raises(TokenRevoked):
         one.verify(forged)
     assert one.verify(mint(claims(iss=other), algorithm="ES256", kid="sound"))
