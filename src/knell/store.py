@@ -456,8 +456,8 @@ class Store(Feed, Dedupe, Protocol):
         - `claims`: each token's claims set, in the same order, for revocations by claims: nothing of it is kept.
           Without it, a token is judged by the claims that are tracked.
         - A token that the denylist refuses (with the session's start) is not recorded, and the answer says which
-          revocation it was. If it was tracked before it is taken out, as if it had never been there; unless its
-          session's end hangs on its entry, and that revocation tells of the token alone: then it stays as it was.
+          revocation it was. If it was tracked before it stays as it was: its entry is dropped when it is claimed, or
+          told, if the revocation was undone by then.
         - A second is in must_arm unless its timer is confirmed, or was handed to a publisher less than
           ARM_LEASE_SECONDS ago; one that is due within IMMEDIATE_SECONDS always is. Each second is in must_arm of at
           most one answer of a call.

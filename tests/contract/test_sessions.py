@@ -229,15 +229,6 @@ def test_a_denied_token_keeps_the_end_that_an_unfinished_revocation_left_it(stor
     assert told([claim_one(store, BASE + 60)]) == {("t1", "s1"): BOTH}
 
 
-def test_a_denied_token_goes_where_its_sessions_end_is_told(store: Store, clock: Clock) -> None:
-    """A revocation that told the session's end as well takes the token out, and its session with it."""
-    store.track([token("t1", sid="s1")])
-    record(store, revocation("token", "t1", ends=BOTH))
-    assert store.track([token("t1", sid="s1")])[0].denied is not None
-    assert store.session(ISS, "s1") is None
-    assert store.due(before=BEGAN + 1000) == []
-
-
 # ---- detach and attach
 
 

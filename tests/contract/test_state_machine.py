@@ -112,8 +112,7 @@ class Callers(RuleBasedStateMachine):
             return
         if answer.denied is not None:
             assert answer.denied in refusing
-            self._gone(jti)
-            return
+            return  # what was tracked of it before stays: its claim finds it dead, or, after an undo, alive
         self.tokens[jti] = ref
         if sid is not None and not was_open and self.store.session(ISS, sid) is not None:
             self.opened[sid] += 1

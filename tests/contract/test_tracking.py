@@ -251,12 +251,20 @@ def test_a_revoked_predecessor_goes_before_an_ended_session(store: Store) -> Non
     assert (answer.denied, answer.session_ended) == (None, True)
 
 
-def test_denial_takes_out_what_was_tracked_before(store: Store) -> None:
-    """A token that is tracked again after its session was revoked leaves its second."""
-    store.track([token("t1", sid="s1")])
-    record(store, revocation("session", "s1"))
-    assert store.track([token("t1", sid="s1", ends_in=90)])[0].denied is not None
-    assert store.due(before=FAR) == []
+@pytest.mark.parametrize(("scope", "value"), [("token", "t1"), ("session", "s1"), ("client", "web")])
+def test_what_was_tracked_before_stays_when_it_is_denied(store: Store, clock: Clock, scope: str, value: str) -> None:
+    """After an undo its end is still to be told: only the claim can say whether it has died of a revocation."""
+    store.add_service("shop")
+    first = token("t1", sid="s1", client_id="web")
+    store.track([first])
+    made = revocation(scope, value)
+    record(store, made)
+    assert store.track([first.replace(exp=BEGAN + 90)])[0].denied == made
+    assert store.due(before=FAR) == [first.second]
+    clock.reach(BEGAN + 60)
+    claim = store.claim(first.second, services=["shop"])
+    assert claim is not None
+    assert [(entry.ref, entry.ends) for entry in claim.entries] == [(first, BOTH)]
 
 
 @pytest.mark.parametrize(("scope", "value"), [("token", "t1"), ("session", "s1"), ("subject", "alice")])

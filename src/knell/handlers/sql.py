@@ -27,12 +27,13 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from knell.errors import InvalidSettings, KeptOut, StoreUnavailable
 from knell.handlers.held import Held, check_session_id, in_pages, lives_until, written
-from knell.handlers.sql_engine import Turns, open_engine
+from knell.handlers.sql_engine import BUSY_SECONDS, open_engine
 from knell.handlers.tombstones import buried_under, kept_until, names_in, names_of, of_revocation, that_keeps_out
 from knell.handlers.tombstones import written as written_notice
 from knell.notices import Notice
 from knell.settings import Rules
 from knell.tokens import TokenRef
+from knell.turns import Turns
 
 # How many sessions one query reads, how many names it asks for, and how many rows that have served their time one
 # step takes away.
@@ -67,7 +68,7 @@ class SqlSessions:
         self._engine = open_engine(url)
         # What has to see each other takes turns: SQLite has one writer at a time, PostgreSQL a lock to ask for.
         self._locks = self._engine.dialect.name == "postgresql"
-        self._turns = Turns()
+        self._turns = Turns(1)
         with self._begun() as connection:
             self._lock(connection, shared=False)
             self._metadata.create_all(connection)
@@ -221,9 +222,19 @@ class SqlSessions:
             connection.execute(wanted, {"key": self._lock_key})
 
     @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """SQLite lets its writers sleep and poll, and some of many never get their turn."""
+        with self._turns.taken(BUSY_SECONDS) as free:
+            if not free:
+                raise StoreUnavailable(
+                    f"other threads kept the sessions' database busy for {BUSY_SECONDS:g} s; try again"
+                )
+            yield
+
+    @contextmanager
     def _begun(self, *, writing: bool = True) -> Iterator[Connection]:
         try:
-            turn = nullcontext() if self._locks or not writing else self._turns.taken()
+            turn = nullcontext() if self._locks or not writing else self._turn()
             with turn, self._engine.connect() as connection:
                 connection = connection.execution_options(knell_begin="BEGIN IMMEDIATE" if writing else "BEGIN")
                 with connection.begin():

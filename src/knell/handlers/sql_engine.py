@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,7 @@ from sqlalchemy import Connection, Engine, NullPool, create_engine, event
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
-from knell.errors import InvalidSettings, StoreUnavailable
+from knell.errors import InvalidSettings
 from knell.postgresql_url import read_postgresql_url
 
 # How long a writer waits for the others, a caller for a connection, and a transaction for its server.
@@ -89,41 +86,13 @@ def _postgresql(url: str) -> Engine:
     return engine
 
 
-class Turns:
-    """Lets the threads of this process write one after the other. SQLite itself lets them sleep and poll, and some of
-    many never get their turn.
-    """  # fmt: skip
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        _turns.add(self)
-
-    @contextmanager
-    def taken(self) -> Iterator[None]:
-        """A turn. StoreUnavailable if none comes in time."""
-        lock = self._lock
-        if not lock.acquire(timeout=BUSY_SECONDS):
-            raise StoreUnavailable(f"other threads kept the sessions' database busy for {BUSY_SECONDS:g} s; try again")
-        try:
-            yield
-        finally:
-            lock.release()
-
-    def begin_anew(self) -> None:
-        """In a child after a fork: whoever had the turn is a thread of the parent."""
-        self._lock = threading.Lock()
-
-
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
-_turns: weakref.WeakSet[Turns] = weakref.WeakSet()
 
 
 def _begin_anew_in_child() -> None:
     # The connections are the parent's: a child that used or closed one would disturb it.
     for engine in list(_engines):
         engine.dispose(close=False)
-    for turns in list(_turns):
-        turns.begin_anew()
 
 
 os.register_at_fork(after_in_child=_begin_anew_in_child)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator
 from typing import Any, TypeVar
 
 import psycopg
@@ -121,50 +119,6 @@ class Connector:
             hide_parameters=True,
             use_native_hstore=False,
         )
-
-
-class Turns:
-    """Lets so many threads pass at a time, in the order that they came in.
-
-    SQLAlchemy's pool gives a connection to whoever is quickest: a busy thread takes its own back, and others starve.
-    """
-
-    def __init__(self, places: int) -> None:
-        self._places = places
-        self._lock = threading.Lock()
-        self._waiting: deque[threading.Event] = deque()
-
-    @contextmanager
-    def taken(self, timeout_seconds: float) -> Iterator[bool]:
-        """A place, given back at the end; False if there was none in time."""
-        got = self._take(timeout_seconds)
-        try:
-            yield got
-        finally:
-            if got:
-                self._give_back()
-
-    def _take(self, timeout_seconds: float) -> bool:
-        with self._lock:
-            if self._places > 0:
-                self._places -= 1
-                return True
-            turn = threading.Event()
-            self._waiting.append(turn)
-        if turn.wait(max(0.0, timeout_seconds)):
-            return True
-        with self._lock:
-            if turn.is_set():
-                return True
-            self._waiting.remove(turn)
-            return False
-
-    def _give_back(self) -> None:
-        with self._lock:
-            if self._waiting:
-                self._waiting.popleft().set()
-            else:
-                self._places += 1
 
 
 class News:

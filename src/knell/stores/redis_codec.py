@@ -19,7 +19,7 @@ from knell.store import AuditEntry, Claimed
 from knell.stores.denied import names_of
 from knell.tokens import TokenRef
 
-_UUID_JTI, _HAS_SID, _UUID_SID, _HAS_EXP, _HAS_START, _REFUSED, _END_TOLD = 1, 2, 4, 8, 16, 32, 64
+_UUID_JTI, _HAS_SID, _UUID_SID, _HAS_EXP, _HAS_START, _REFUSED = 1, 2, 4, 8, 16, 32
 _HAS_SUB, _UUID_SUB = 1, 2
 # Where the table of strings is full, a string stands at the end of the token itself.
 _LITERAL = 65535
@@ -47,12 +47,12 @@ def unpack_id(is_uuid: int, packed: bytes) -> str:
     return str(uuid.UUID(bytes=packed)) if is_uuid else packed.decode()
 
 
-def pack_ref(ref: TokenRef, strings: dict[str, int], *, refused: Revocation | None = None) -> bytes:
+def pack_ref(ref: TokenRef, strings: dict[str, int], *, refused: bool = False) -> bytes:
     """A token as the script `track` takes it.
 
     Args:
         strings: collects the strings that it refers to, numbered from 1.
-        refused: the revocation that refuses it: what is known of the token is to be taken out.
+        refused: the denylist refuses it: it is not to be recorded.
     """
 
     def number(value: str | None) -> int:
@@ -66,8 +66,7 @@ def pack_ref(ref: TokenRef, strings: dict[str, int], *, refused: Revocation | No
         | _UUID_SID * sid_is_uuid
         | _HAS_EXP * (ref.session_exp is not None)
         | _HAS_START * (ref.started is not None)
-        | _REFUSED * (refused is not None)
-        | _END_TOLD * (refused is not None and "session" in refused.ends)
+        | _REFUSED * refused
     )
     head = _REF_HEAD.pack(
         flags,

@@ -124,7 +124,7 @@ class RedisTracking(RedisTokens):
         mark: bytes = b"-",
     ) -> Command:
         strings: dict[str, int] = {}
-        packed = [pack_ref(one.ref, strings, refused=refused.get(n)) for n, one in part.asked.items()]
+        packed = [pack_ref(one.ref, strings, refused=n in refused) for n, one in part.asked.items()]
         return script(
             "track", self._tag(part.partition), self._now, *self._layout, *self._arming, int(must_continue),
             secrets.randbelow(_MARKS) + 1, self._feed, mark, len(deny_keys), *deny_keys, len(strings), *strings,

@@ -138,13 +138,6 @@ class Ledger:
         row = self.last_life(token) if token.closed else None
         return row if row is not None and row.closed_by == token.detached else None
 
-    def carries_end(self, token: TokenRow) -> bool:
-        """Whether the end of its session hangs on this token's own entry."""
-        if token.detached is not None:
-            return self.closed_life(token) is not None
-        life = self.own_life(token)
-        return life is not None and life.due is None and life.live == 1
-
     # ---- changing
 
     def put(self, key: bytes, ref: TokenRef) -> list[int]:
@@ -217,11 +210,6 @@ class Ledger:
         self.count_out(life)
         if life.live == 0 and life.due is None:
             self._sessions.drop(life.key)
-
-    def remove(self, token: TokenRow) -> None:
-        """Take a token out, as if it had never been there."""
-        self._leave(token)
-        self.drop_token(token)
 
     def drop_token(self, token: TokenRow) -> None:
         """Take a token out of its second, and leave its session to the caller."""

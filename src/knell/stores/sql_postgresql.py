@@ -15,9 +15,10 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from knell.errors import StoreUnavailable
 from knell.postgresql_url import PostgresUrl, read_postgresql_url
 from knell.settings import Rules
-from knell.stores.postgresql_link import AGAIN_WITHIN_SECONDS, Connector, News, Turns
+from knell.stores.postgresql_link import AGAIN_WITHIN_SECONDS, Connector, News
 from knell.stores.sql_database import BUSY_SECONDS, Lock, T, Tx
 from knell.stores.sql_schema import REVISION, SCHEMA_VERSION, Tables, lock_key, make_tables
+from knell.turns import Turns
 
 OLDEST_VERSION = 15
 # Two transactions met: a serialization failure, a deadlock, or both made the same row. The other one is there now.

@@ -21,6 +21,7 @@ from knell.errors import InvalidSettings, StoreUnavailable
 from knell.settings import Rules
 from knell.stores.sql_database import BUSY_SECONDS, Lock, T, Tx
 from knell.stores.sql_schema import SCHEMA_VERSION, Tables, make_tables
+from knell.turns import turns_of_file
 
 # How often a reader that waits for changes looks: a change is seen within this, for about one query per look.
 POLL_SECONDS = 0.015
@@ -49,6 +50,7 @@ class SqliteDatabase:
         self._clock = clock or time.time
         self._seed = ""
         self._file: tuple[int, int] | None = None
+        self._turns = turns_of_file(self._path)
         self._engine: Engine | None = None
         self._closed = False
         self._start_afresh()
@@ -72,17 +74,14 @@ class SqliteDatabase:
 
     def write(self, step: Callable[[Tx], T], *_: Lock, patience_seconds: float = BUSY_SECONDS) -> T:
         """See `Database.write`. No other writer runs beside it: it waits for them."""
-        with self._entered():
-            # Threads of one process queue here: SQLite itself would let them sleep and poll.
-            if not self._writer.acquire(timeout=patience_seconds):
+        # Threads of one process queue for their turn: SQLite itself would let them sleep and poll.
+        with self._entered(), self._turns.taken(patience_seconds) as free:
+            if not free:
                 raise StoreUnavailable(
-                    f"{self._path}: another thread kept it busy for {patience_seconds:g} s; try again"
+                    f"{self._path}: other threads kept it busy for {patience_seconds:g} s; try again"
                 )
-            try:
-                with self._begun("BEGIN IMMEDIATE") as tx:
-                    return step(tx)
-            finally:
-                self._writer.release()
+            with self._begun("BEGIN IMMEDIATE") as tx:
+                return step(tx)
 
     def wait(self, seconds: float) -> None:
         """See `Database.wait`."""
@@ -161,7 +160,6 @@ class SqliteDatabase:
 
     def _start_afresh(self) -> None:
         self._gate = threading.Condition()
-        self._writer = threading.Lock()
         self._opening = threading.Lock()
         self._running = 0
         self._forks = 0

@@ -10,7 +10,7 @@ from sqlalchemy import Row, and_, insert, select, update
 
 from knell.errors import NotDue
 from knell.notices import new_batch_id
-from knell.revocations import Revocation, Scope
+from knell.revocations import Scope
 from knell.store import ARM_LEASE_SECONDS, IMMEDIATE_SECONDS, Claim, Claimed, Detached, Tracked
 from knell.stores import sql_denylist, sql_log
 from knell.stores.sql_database import Tx, chunks
@@ -49,23 +49,11 @@ def track(
         started = ref.started if life is None or life.started is None else life.started
         denied = denylist.refusal(n, ref, started)
         ended = denied is None and must_continue and ref.sid is not None and life is None
-        put: list[int] = []
-        if denied is not None:
-            _untrack(ledger, key, denied)
-        elif not ended:
-            put = ledger.put(key, ref)
+        put = ledger.put(key, ref) if denied is None and not ended else []
         answers.append(Tracked(ref, denied=denied, session_ended=ended, started=started))
         seconds.append(put)
     emptied = ledger.flush()
     return _with_timers(answers, seconds, _arm(tx, {second for put in seconds for second in put} - emptied))
-
-
-def _untrack(ledger: Ledger, key: bytes, denied: Revocation) -> None:
-    token = ledger.token(key)
-    # A revocation of the token alone does not tell of its session's end. Where that end hangs on this token's own
-    # entry, the token stays where it was, and the entry is told.
-    if token is not None and ("session" in denied.ends or not ledger.carries_end(token)):
-        ledger.remove(token)
 
 
 def _with_timers(answers: list[Tracked], seconds: list[list[int]], to_arm: set[int]) -> list[Tracked]:

@@ -4,7 +4,7 @@
 -- Answers {0, what is denied}, and has changed nothing, if anything is under the deny keys; {2, mark, names} if other names
 -- of claims are to be looked for as well. Else {1}, then for each token:
 -- 1 if its session has ended, the seconds to arm (0: none), and its session's start ("" if not known).
-local UUID_JTI, HAS_SID, UUID_SID, HAS_EXP_CLAIM, HAS_START, REFUSED, END_TOLD = 1, 2, 4, 8, 16, 32, 64
+local UUID_JTI, HAS_SID, UUID_SID, HAS_EXP_CLAIM, HAS_START, REFUSED = 1, 2, 4, 8, 16, 32
 
 local now = clock(ARGV[1])
 local grace, lease, immediate, mark = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[8])
@@ -73,15 +73,6 @@ local function leave(token)
   end
 end
 
--- Takes out what was recorded of a token that is refused, unless its session's end, which nobody else tells, hangs on it.
-local function untrack(token, end_told)
-  if end_told or not carries_end(token, session_of(token)) then
-    leave(token)
-    remove_member(token.second, token.field)
-    delete_token(token)
-  end
-end
-
 local life
 local function open_session(key, field, ending, has_exp)
   life = life or new_life()
@@ -128,14 +119,11 @@ local function track(packed)
       return {1, 0, 0, ''}
     end
   end
-  local field = make_field(number_of(issuer), 0, bit.band(flags, UUID_JTI), jti)
-  local token, token_key = get_token(field)
   if refused then
-    if token then
-      untrack(token, bit.band(flags, END_TOLD) ~= 0)
-    end
     return {0, 0, 0, pack_start(session)}
   end
+  local field = make_field(number_of(issuer), 0, bit.band(flags, UUID_JTI), jti)
+  local token, token_key = get_token(field)
   if not token or token.second ~= second then
     if token then
       remove_member(token.second, field)
