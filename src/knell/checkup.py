@@ -131,8 +131,13 @@ def look_at_broker(settings: Settings, services: list[ServiceInfo]) -> Iterator[
         return
     try:
         with connect(settings) as connection:
+            readers = not settings.embedded  # the embedded broker does not count them
+            start = "start one: `celery -A tasks worker -B`"
+            yield from _queue(connection, "notifier", topology.RECEIPTS, start=start if readers else None)
             for service in services:
-                yield from _queue(connection, service.name, counts_consumers=not settings.embedded)
+                what, start = f"service {service.name}", "start its worker"
+                queue = topology.service_queue(service.name)
+                yield from _queue(connection, what, queue, start=start if readers else None)
     except BrokerUnavailable as error:
         yield Finding(False, f"broker: {error}", "see its log, and what this account may do")
 
@@ -244,8 +249,8 @@ def _overdue(settings: Settings, store: Store) -> Finding:
     return Finding(False, what, "start a notifier with beat: `celery -A tasks worker -B`")
 
 
-def _queue(connection: Connection, service: str, *, counts_consumers: bool) -> Iterator[Finding]:
-    name = topology.service_queue(service)
+def _queue(connection: Connection, reader: str, name: str, *, start: str | None) -> Iterator[Finding]:
+    """What waits for a reader, and, if `start` says what to do about it, whether there is one."""
     opened: Any = connection.channel()
     try:
         with opened as channel:
@@ -254,8 +259,8 @@ def _queue(connection: Connection, service: str, *, counts_consumers: bool) -> I
         return  # the check of the topology has said so
     except BROKER_ERRORS as error:
         raise BrokerUnavailable(f"the state of {name} is unknown: {error or type(error).__name__}") from error
-    what = f"service {service}: {found.message_count} waiting in {name}"
-    if counts_consumers and not found.consumer_count:
-        yield Finding(False, f"{what}, and nobody reads them", "start its worker")
+    what = f"{reader}: {found.message_count} waiting in {name}"
+    if start is not None and not found.consumer_count:
+        yield Finding(False, f"{what}, and nobody reads them", start)
     else:
         yield Finding(True, what)

@@ -73,15 +73,15 @@ def _queue(connection: Connection, service: str) -> Any:
 
 
 @contextmanager
-def reader(settings: Settings, service: str) -> Iterator[None]:
-    """Somebody who reads a service's queue, for as long as it lasts."""
+def reader(settings: Settings, queue: str) -> Iterator[None]:
+    """Somebody who reads a queue, for as long as it lasts."""
     with connect(settings) as connection:
-        _consume(connection, service)
+        _consume(connection, queue)
         yield
 
 
-def _consume(connection: Any, service: str) -> None:
-    connection.channel().basic_consume(topology.service_queue(service))
+def _consume(connection: Any, queue: str) -> None:
+    connection.channel().basic_consume(queue)
 
 
 def test_doctor_finds_what_apply_then_makes(knell: Knell, place: Settings, rabbitmq_server: RabbitServer) -> None:
@@ -93,10 +93,13 @@ def test_doctor_finds_what_apply_then_makes(knell: Knell, place: Settings, rabbi
     knell("services", "add", "shop")
     assert knell("topology", "apply")["policies"] == "set"
     assert knell("topology", "apply", "--dry-run")["missing"] == []
+    idle = "notifier: 0 waiting in knell.receipts, and nobody reads them"
     unread = "service shop: 0 waiting in knell.service.shop, and nobody reads them"
-    assert until(lambda: wrong(knell("doctor", exit_code=1)) == [unread], what="all is well but for the reader")
-    with reader(place, "shop"):
-        assert until(lambda: knell("doctor")["ok"], what="all is well")
+    assert until(lambda: wrong(knell("doctor", exit_code=1)) == [idle, unread], what="all is well but for readers")
+    with reader(place, topology.service_queue("shop")):
+        assert until(lambda: wrong(knell("doctor", exit_code=1)) == [idle], what="the notifier alone is missed")
+        with reader(place, topology.RECEIPTS):
+            assert until(lambda: knell("doctor")["ok"], what="all is well")
     vhost = topology.vhost_of(place)
     rabbitmq_server.api("DELETE", f"/api/policies/{vhost}/{topology.UNROUTED_POLICY}")
     policy = "broker: no policy catches what the delay ladder cannot deliver"
@@ -177,9 +180,9 @@ def test_what_services_add_prints_is_what_rabbitmqctl_takes(
     rights = {each: asked[each] for each in ("configure", "write", "read")}
     url = rabbitmq_server.add_user(place.broker_url, "partner", "secret", rights)
     with Connection(url) as connection:
-        _consume(connection, "partner")
+        _consume(connection, topology.service_queue("partner"))
         with pytest.raises(connection.channel_errors, match="ACCESS_REFUSED"):
-            _consume(connection, "shop")
+            _consume(connection, topology.service_queue("shop"))
 
 
 def test_revoke_is_recorded_and_sent(knell: Knell, place: Settings, store: Store) -> None:
