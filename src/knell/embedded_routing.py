@@ -112,14 +112,14 @@ def _ttl_seconds(arguments: Mapping[str, Any], payload: Payload) -> float | None
 def find_exchange(database: sqlite3.Connection, name: str) -> tuple[str, dict[str, Any]]:
     found = database.execute("SELECT type, arguments FROM exchange WHERE name = ?", (name,)).fetchone()
     if found is None:
-        raise NotFound(f"NOT_FOUND - no exchange {name!r}; declare the topology first", (40, 10), "Exchange", 404)
+        raise NotFound(f"NOT_FOUND - no exchange {name!r}; run `knell topology apply` first", (40, 10), "Exchange", 404)
     return found[0], json.loads(found[1])
 
 
 def queue_arguments(database: sqlite3.Connection, name: str) -> dict[str, Any]:
     found = database.execute("SELECT arguments FROM queue WHERE name = ?", (name,)).fetchone()
     if found is None:
-        raise NotFound(f"NOT_FOUND - no queue {name!r}; declare the topology first", (50, 10), "Queue", 404)
+        raise NotFound(f"NOT_FOUND - no queue {name!r}; run `knell topology apply` first", (50, 10), "Queue", 404)
     arguments: dict[str, Any] = json.loads(found[0])
     return arguments
 

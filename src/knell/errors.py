@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from shlex import quote
 
 
 class KnellError(Exception):
@@ -33,8 +34,8 @@ class ConfirmationNeeded(InvalidRevocation):
     def __init__(self, confirm: str, *, limit: int, sessions: int | None, complete: bool) -> None:
         found = "it cannot be known how many" if sessions is None else f"{sessions}{'' if complete else ' or more'}"
         super().__init__(
-            f"it would end many sessions ({found}), and more than {limit} (KNELL_CONFIRM_SESSIONS) have to be "
-            f"confirmed by name: pass confirm={confirm!r} if that is meant"
+            f"sessions that it would end: {found}; more than {limit} (KNELL_CONFIRM_SESSIONS) have to be "
+            f"confirmed by name: if that is meant, pass confirm={confirm!r} (`--confirm {quote(confirm)}`)"
         )
         self.confirm = confirm
         self.sessions = sessions

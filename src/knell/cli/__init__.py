@@ -23,7 +23,8 @@ server is needed, and everything is kept in files under .knell/.
   KNELL_BROKER_URL      amqp:// or amqps://, of Knell's own virtual host
   KNELL_BROKER_API_URL  RabbitMQ's management API, with an administrator's
                         credentials: for `topology apply` and `doctor`
-  KNELL_STORE_URL       redis://, rediss://, unix:///path, postgresql://
+  KNELL_STORE_URL       redis://, rediss://, redis+sentinel://,
+                        redis+cluster://, unix:///path, postgresql://
                         or sqlite:///path
   KNELL_NOTICE_KEY      the private key that signs notices: for `revoke`,
                         and for the notifier
