@@ -216,8 +216,6 @@ class Model:
         self.store = store
         self.clock = clock
         self.tokens: dict[str, TokenRef] = {}
-        # Those that a revocation of the token alone refused: their session's end may still hang on their entry.
-        self.left: set[str] = set()
         self.seen: set[str] = set()
         self.sid_of: dict[str, str | None] = {}
         # The revocations that somebody asked for; others are made for tokens of dead sessions.
@@ -272,8 +270,6 @@ class Model:
         refusing += [made for made in self.revoked.values() if made.scope is Scope.TOKEN and made.value == predecessor]
         if answer.denied is not None:
             assert answer.denied in refusing
-            if self.tokens.pop(ref.jti, None) and answer.denied.ends == {"token"}:
-                self.left.add(ref.jti)
         elif not answer.session_ended:
             assert all(made.expires_at <= self.clock.now for made in refusing), "a dead token was tracked"
             self.tokens[ref.jti] = ref
@@ -290,9 +286,7 @@ class Model:
         for entry in claim.entries:
             assert entry.ref.exp <= self.clock.now, "claimed early"
             if entry.ref.jti:
-                tracked = self.tokens.pop(entry.ref.jti, None)
-                assert tracked == entry.ref or entry.ref.jti in self.left, "claimed, and not tracked"
-                self.left.discard(entry.ref.jti)
+                assert self.tokens.pop(entry.ref.jti, None) == entry.ref, "claimed, and not tracked"
             if "session" in entry.ends and entry.ref.sid is not None:
                 self.closed_by.pop(entry.ref.sid, None)
             self.ended[claim.batch_id, entry.n] = entry, self.told_by_revocations(entry)
