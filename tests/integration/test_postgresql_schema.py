@@ -344,7 +344,9 @@ def _issue(store: Store, clock: Clock) -> None:
     for made in both:
         record(store, made)
     record(store, revocation("session", f"{name}2", now=clock.now))
-    store.track([ref(2)])  # denied: it is taken out
+    store.track([ref(2)])  # denied: it stays as it was
+    store.track([ref(3)])
+    store.track([ref(3).replace(sid=name)])  # of another session now: the one that it alone was of is gone
     store.session(ISS, f"{name}1")
     store.revocation(both[0].id)
     store.note(noted(both[0]))

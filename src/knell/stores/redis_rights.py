@@ -12,7 +12,7 @@ from collections.abc import Mapping
 RIGHTS: Mapping[str, tuple[str, ...]] = {
     "track": (
         "F:m hget", "F:cn hkeys", "F:y:* exists zrevrange", "F:x zscore", "F:v hget", "P:m hmget hset hincrby",
-        "P:i hget hlen hset", "P:j hset", "P:t:* hget hset hdel", "P:d hdel", "P:s:* hget hset hdel",
+        "P:i hget hlen hset", "P:j hset", "P:t:* hget hset", "P:s:* hget hset hdel",
         "P:x:* hget hset hdel hlen exists", "P:l:* rpush del", "P:z zadd zrem",
     ),
     "refusals": ("F:m hget", "F:cn hkeys", "F:y:* exists zrevrange", "F:x zscore", "F:v hget"),
