@@ -30,7 +30,7 @@ servers:
 	@scripts/servers.sh
 
 # Each worker starts servers of its own, and a file's tests stay together; WORKERS=0 runs them all in one process.
-WORKERS ?= 3
+WORKERS ?= 2
 
 test: env servers
 	$(bin)/python -m pytest --durations=10 -n $(WORKERS) --dist loadfile

@@ -68,7 +68,8 @@ class Cluster:
         left: Sequence[int] = range(len(commands))
         while left:
             for address, numbers in self._by_node(commands, left).items():
-                if time.monotonic() > deadline:
+                # Whatever it took to learn where the slots are, one node is asked: that is bounded by itself.
+                if answers and time.monotonic() > deadline:
                     raise StoreUnavailable(self._late(answers.values()))
                 node = self._node(address)
                 found = self._on(address, partial(node.run, [commands[n] for n in numbers]))
