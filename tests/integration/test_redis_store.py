@@ -548,7 +548,9 @@ def _claimed(claim: Claim | None) -> object:
 CALLS: dict[str, Callable[[RedisStore], object]] = {
     "revoke": lambda store: _revoked(store, "new"),
     "revoke again": lambda store: _revoked(store, "r1"),
-    "track": lambda store: store.track([make_token(99, exp=store.time() + 60, iat=None)])[0].must_arm,
+    "track": lambda store: (
+        store.track([make_token(99, exp=store.time() + 60, iat=None, session_exp=store.time() + 90)])[0].must_arm
+    ),
     "track denied": lambda store: (
         store.track([make_token(99, exp=store.time() + 60, sid="s1", session_exp=store.time() + 90)])[0].denied,
         store.session(ISS, "s1"),
